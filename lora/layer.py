@@ -1,0 +1,168 @@
+"""The adapted layers: a base that is never touched, and beside it one low-rank update a name.
+
+    LoRALinear     y = base(x) + Σ over active names of s (x Aᵀ) Bᵀ        A (r, in)     B (out, r)
+    LoRAEmbedding  y = base(i) + Σ s A[:, i]ᵀ Bᵀ                            A (r, vocab)  B (dim, r)
+    TrainedModule  y = the active copy of a whole module, or the module itself
+
+The base is any module that maps x to y: nn.Linear, Linear4bit, GPT-2's Conv1D, bitsandbytes' layers.
+It is held and called, never changed, so switching adapters off, or a merge out again, gives back the
+same bits.  The factors are float32 and enter the product in the dtype of x.
+Source: LoRA, arXiv:2106.09685, section 4.1.
+"""
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora.init import init_embedding, init_linear
+from lora.kernels.lowrank import add_low_rank
+from lora.quant.linear import is_conv1d
+
+
+class Adapter(nn.Module):
+    """The two factors of one update, its scale and its dropout."""
+
+    def __init__(self, r: int, n_in: int, n_out: int, scale: float, dropout: float, device: torch.device) -> None:
+        super().__init__()
+        self.a = nn.Parameter(torch.empty(r, n_in, dtype=torch.float32, device=device))
+        self.b = nn.Parameter(torch.empty(n_out, r, dtype=torch.float32, device=device))
+        self.scale, self.dropout = scale, dropout
+
+    @property
+    def r(self) -> int:
+        return self.a.shape[0]
+
+    def delta(self) -> Tensor:
+        """s B A, (out, in) float32."""
+        return (self.b.detach().float() @ self.a.detach().float()).mul_(self.scale)
+
+    def extra_repr(self) -> str:
+        return f"r={self.r}, scale={self.scale:g}, dropout={self.dropout:g}"
+
+
+class Adapted(nn.Module):
+    """What the three layers share: a base, named adapters, which of them are active, an off switch."""
+
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__()
+        self.base = base
+        self.adapters = nn.ModuleDict()
+        self.active: tuple[str, ...] = ()
+        self.off = False
+        self.merged: nn.Module | None = None
+
+    def on(self) -> list[Any]:
+        """The adapters that take part in a forward now."""
+        return [] if self.off else [self.adapters[name] for name in self.active if name in self.adapters]
+
+    def train(self, mode: bool = True) -> "Adapted":
+        if mode and self.merged is not None:
+            raise RuntimeError("this model is merged, so its adapters would not train; call lora.unmerge(model) first")
+        super().train(mode)
+        return self
+
+    def __getattr__(self, name: str) -> Any:
+        # Callers that look at a layer (in_features, weight.dtype, nf) see the base's
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("base"), name)
+
+
+class LoRALinear(Adapted):
+    """A linear layer of any make with low-rank updates beside it."""
+
+    def add(self, name: str, r: int, scale: float, dropout: float) -> None:
+        n_out, n_in = linear_shape(self.base)
+        adapter = Adapter(r, n_in, n_out, scale, dropout, layer_device(self.base))
+        init_linear(adapter.a, adapter.b)
+        self.adapters[name] = adapter
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.merged is not None and not self.off:
+            return self.merged(x)
+        y = self.base(x)
+        for adapter in self.on():
+            h = nn.functional.dropout(x, adapter.dropout, self.training) if adapter.dropout else x
+            y = add_low_rank(y, h.to(y.dtype), adapter.a.to(y.dtype), adapter.b.to(y.dtype), adapter.scale)
+        return y
+
+    def delta(self) -> Tensor:
+        """What the active adapters add to the weight, in the base's own layout, float32."""
+        delta = sum(self.adapters[name].delta() for name in self.active if name in self.adapters)
+        return delta.T if is_conv1d(self.base) else delta
+
+
+class LoRAEmbedding(Adapted):
+    """An embedding table with low-rank updates: a row's update is B times a column of A."""
+
+    def add(self, name: str, r: int, scale: float, dropout: float) -> None:
+        del dropout  # an index has nothing to drop; peft ignores it here as well
+        table = self.base.weight
+        adapter = Adapter(r, table.shape[0], table.shape[1], scale, 0.0, table.device)
+        init_embedding(adapter.a, adapter.b)
+        self.adapters[name] = adapter
+
+    def forward(self, index: Tensor) -> Tensor:
+        if self.merged is not None and not self.off:
+            return self.merged(index)
+        y = self.base(index)
+        for adapter in self.on():
+            low = nn.functional.embedding(index, adapter.a.T.to(y.dtype))  # (..., r)
+            y = y + (low @ adapter.b.T.to(y.dtype)) * adapter.scale
+        return y
+
+    def delta(self) -> Tensor:
+        """What the active adapters add to the table (vocab, dim), float32."""
+        return sum(self.adapters[name].delta() for name in self.active if name in self.adapters).T
+
+
+class TrainedModule(Adapted):
+    """A whole module with trained copies beside it: peft's modules_to_save."""
+
+    def add(self, name: str) -> None:
+        trained = copy.deepcopy(self.base)
+        for p in trained.parameters():
+            p.data = p.data.float() if p.is_floating_point() else p.data
+        self.adapters[name] = trained.requires_grad_(True)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        on = self.on()
+        if not on:
+            return self.base(x, *args, **kwargs)
+        dtype = next((p.dtype for p in self.base.parameters() if p.is_floating_point()), torch.float32)
+        p = next(iter(on[-1].parameters()), None)
+        if p is None or not x.is_floating_point() or p.dtype == x.dtype:
+            return on[-1](x, *args, **kwargs)
+        return on[-1](x.to(p.dtype), *args, **kwargs).to(dtype)  # the copy is float32 beside a 16-bit base
+
+
+def linear_shape(layer: nn.Module) -> tuple[int, int]:
+    """(out, in) of the function that a linear layer computes, whatever its weight looks like."""
+    if is_conv1d(layer):
+        n_in, n_out = layer.weight.shape
+        return n_out, n_in
+    return layer.out_features, layer.in_features
+
+
+def is_linear(layer: nn.Module) -> bool:
+    """nn.Linear and its kin: anything with in_features, out_features and a weight, and GPT-2's Conv1D."""
+    if isinstance(layer, Adapted):
+        return isinstance(layer, LoRALinear)
+    known = all(hasattr(layer, key) for key in ("in_features", "out_features", "weight"))
+    # a Bilinear has in1_features; attention's out-projection is read as a weight, never called
+    return is_conv1d(layer) or (known and type(layer).__name__ != "NonDynamicallyQuantizableLinear")
+
+
+def layer_device(layer: nn.Module) -> torch.device:
+    return layer.weight.device
+
+
+def adapted(model: nn.Module) -> Iterator[tuple[str, Adapted]]:
+    """(dotted name, layer) of every adapted layer in the model, each once."""
+    for name, module in model.named_modules():
+        if isinstance(module, Adapted):
+            yield name, module

@@ -1,0 +1,89 @@
+"""Which modules a pattern means: names, last parts of names, globs, and "all-linear" by structure."""
+
+import difflib
+import fnmatch
+from collections.abc import Iterable, Sequence
+
+from torch import nn
+
+from lora.layer import Adapted, is_linear
+
+
+def candidates(model: nn.Module) -> dict[str, nn.Module]:
+    """Every module by dotted name, shared ones under each of their names, insides of adapted layers left out."""
+    inside: list[str] = []
+    found: dict[str, nn.Module] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if any(name.startswith(prefix) for prefix in inside):
+            continue
+        if isinstance(module, Adapted):
+            inside.append(name + ".")
+        if name:
+            found[name] = module
+    return found
+
+
+def matches(name: str, pattern: str) -> bool:
+    """A pattern is a full name, the last parts of one, or a glob over the full name."""
+    return name == pattern or name.endswith("." + pattern) or fnmatch.fnmatchcase(name, pattern)
+
+
+def select(names: Iterable[str], patterns: Sequence[str], what: str, everything: Iterable[str] = ()) -> list[str]:
+    """The names that any pattern means, in order. Every pattern must mean at least one.
+
+    Raises ValueError with the nearest names, or, where the pattern means a module of another kind (one of
+    `everything`), with that.
+    """
+    names = list(names)
+    for pattern in patterns:
+        if any(matches(name, pattern) for name in names):
+            continue
+        other = [name for name in everything if matches(name, pattern)]
+        if other:
+            raise ValueError(
+                f"{what}={pattern!r} means {len(other)} modules such as {other[0]!r}, but none that can be adapted: "
+                "an adapter goes on a linear layer or an embedding"
+            )
+        parts = sorted({name.rpartition(".")[2] for name in names})
+        near = difflib.get_close_matches(pattern.rpartition(".")[2], parts, n=3, cutoff=0.5)
+        hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"there are {', '.join(parts[:12])}"
+        raise ValueError(f"{what}={pattern!r} matches no module; {hint}")
+    return [name for name in names if any(matches(name, pattern) for pattern in patterns)]
+
+
+def shared_storage(model: nn.Module) -> dict[int, list[str]]:
+    """Names of modules by the address of their weight, for weights that more than one module holds (ties)."""
+    users: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        weight = module._parameters.get("weight")
+        if weight is not None and weight.device.type != "meta":
+            users.setdefault(weight.data_ptr(), []).append(name)
+    return {address: names for address, names in users.items() if len(names) > 1}
+
+
+def output_head(model: nn.Module) -> str | None:
+    """The name of the layer that makes logits, by structure; None where there is no such thing.
+
+    It is what a transformers model names in get_output_embeddings, or the linear layer that shares its weight
+    with an embedding, or one with as many outputs as an embedding has rows.
+    """
+    modules = {name: m.base if isinstance(m, Adapted) else m for name, m in candidates(model).items()}
+    ask = getattr(model, "get_output_embeddings", None)
+    try:
+        head = ask() if callable(ask) else None
+    except NotImplementedError:  # transformers' answer for a model without one
+        head = None
+    if isinstance(head, Adapted):
+        head = head.base
+    tables = [m for m in modules.values() if isinstance(m, nn.Embedding)]
+    linears = [(name, m) for name, m in modules.items() if is_linear(m)]
+    for name, m in linears:
+        if m is head:
+            return name
+    for name, m in linears:
+        if any(m.weight.data_ptr() == t.weight.data_ptr() and m.weight.device.type != "meta" for t in tables):
+            return name
+    for name, m in reversed(linears):
+        if any(getattr(m, "out_features", 0) == t.num_embeddings for t in tables):
+            return name
+    return None

@@ -1,0 +1,318 @@
+"""Adapters in files: peft's format, written and read. The only place that knows peft's names.
+
+    adapter_config.json            r, lora_alpha, target_modules, ...
+    adapter_model.safetensors      base_model.model.<module>.lora_A.weight (r, in), .lora_B.weight (out, r);
+                                   .lora_embedding_A (r, vocab), .lora_embedding_B (dim, r);
+                                   <module>.<parameter> of whole trained modules
+
+Reading is a bijection check: every tensor in the file finds its place, and every layer that the config means
+finds its tensors, or nothing is attached.  Source: peft 0.21, utils/save_and_load.py and tuners/lora.
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from lora.config import LoRAConfig
+from lora.files import new_directory, read_json
+from lora.layer import Adapted, LoRAEmbedding, LoRALinear, TrainedModule, adapted, is_linear, linear_shape
+from lora.match import candidates, output_head
+from lora.wrap import adapter_names, add_adapter, check_name, detach, is_merged
+
+CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
+_KINDS = {
+    ".lora_A.weight": "a",
+    ".lora_B.weight": "b",
+    ".lora_embedding_A": "a",
+    ".lora_embedding_B": "b",
+}
+
+
+# ---- save ----
+def save(model: nn.Module, directory: str | Path, name: str | None = None, *, base: str | None = None) -> Path:
+    """Writes one adapter as a folder that peft, vLLM and we can load; returns the folder.
+
+    `name` may be left out when the model has one adapter; `base` is what the config names as the base model.
+
+    Raises FileExistsError where the folder holds something, KeyError for an unknown name, ValueError when the
+    adapter holds NaN or inf or there is more than one and no name was given.
+    """
+    names = adapter_names(model)
+    if not names:
+        raise ValueError("this model has no adapter to save; call lora.wrap or lora.attach first")
+    if name is None:
+        if len(names) > 1:
+            raise ValueError(f"this model has adapters {names}; say which one to save with name=...")
+        name = names[0]
+    check_name(model, name)
+    layers = {n: layer for n, layer in adapted(model) if name in layer.adapters}
+    tensors = {key: value.detach().contiguous().cpu() for key, value in _tensors(layers, name).items()}
+    for key, value in tensors.items():
+        if not torch.isfinite(value).all():
+            raise ValueError(f"adapter {name!r} is broken: {key} holds NaN or inf; nothing was written")
+    config = _config(model, layers, name, base)
+    with new_directory(Path(directory)) as folder:
+        # the metadata that peft itself writes; loaders refuse a file without it
+        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+        (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    return Path(directory)
+
+
+def _tensors(layers: Mapping[str, Adapted], name: str) -> dict[str, Tensor]:
+    tensors = {}
+    for path, layer in layers.items():
+        part = layer.adapters[name]
+        if isinstance(layer, TrainedModule):
+            tensors |= {f"{PREFIX}{path}.{key}": value for key, value in part.state_dict().items()}
+        elif isinstance(layer, LoRAEmbedding):
+            tensors |= {f"{PREFIX}{path}.lora_embedding_A": part.a, f"{PREFIX}{path}.lora_embedding_B": part.b}
+        else:
+            tensors |= {f"{PREFIX}{path}.lora_A.weight": part.a, f"{PREFIX}{path}.lora_B.weight": part.b}
+    return tensors
+
+
+def _config(model: nn.Module, layers: Mapping[str, Adapted], name: str, base: str | None) -> dict[str, Any]:
+    """peft's config. Scales are written as alpha / r, which every loader reads alike (rsLoRA is not)."""
+    low_rank = {path: layer.adapters[name] for path, layer in layers.items() if not isinstance(layer, TrainedModule)}
+    whole = [path for path, layer in layers.items() if isinstance(layer, TrainedModule)]
+    ranks = [part.r for part in low_rank.values()]
+    r = max(set(ranks), key=ranks.count) if ranks else 1
+    alphas = {path: _plain(part.scale * part.r) for path, part in low_rank.items()}
+    alpha = max(set(alphas.values()), key=list(alphas.values()).count) if alphas else 1
+    dropouts = {part.dropout for part in low_rank.values()}
+    from_transformers = getattr(getattr(model, "config", None), "_name_or_path", None) or None
+    conv = any(hasattr(layer.base, "nf") for layer in layers.values())
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM" if output_head(model) else None,
+        "base_model_name_or_path": base or from_transformers,
+        "r": r,
+        "lora_alpha": alpha,
+        "lora_dropout": max(dropouts, default=0.0),
+        "target_modules": target_suffixes(model, list(low_rank)),
+        "rank_pattern": {path: part.r for path, part in low_rank.items() if part.r != r},
+        "alpha_pattern": {path: a for path, a in alphas.items() if a != alpha},
+        "use_rslora": False,
+        "use_dora": False,
+        "modules_to_save": sorted({_suffix(path, model) for path in whole}) or None,
+        "bias": "none",
+        "fan_in_fan_out": conv,
+        "init_lora_weights": True,
+        "inference_mode": True,
+    }
+
+
+def _plain(x: float) -> float | int:
+    """64.0 as 64, and a product that missed a whole number by rounding put back on it."""
+    return round(x) if abs(x - round(x)) < 1e-9 * max(1.0, abs(x)) else x
+
+
+def _suffix(path: str, model: nn.Module) -> str:
+    """The shortest last part of a module's name that means this module alone, as peft matches (by ending)."""
+    parts = path.split(".")
+    names = list(candidates(model))
+    for k in range(1, len(parts) + 1):
+        suffix = ".".join(parts[-k:])
+        if [n for n in names if n == suffix or n.endswith("." + suffix)] == [path]:
+            return suffix
+    return path
+
+
+def target_suffixes(model: nn.Module, paths: Sequence[str]) -> list[str]:
+    """The shortest list of last parts that means exactly `paths` under peft's rule, else the full names."""
+    short = sorted({path.rpartition(".")[2] for path in paths})
+    modules = candidates(model)
+    fit = [n for n, m in modules.items() if is_linear(m) or isinstance(m, nn.Embedding | LoRAEmbedding)]
+    meant = {n for n in modules if any(n == s or n.endswith("." + s) for s in short)}
+    return short if meant & set(fit) == set(paths) and meant <= set(fit) else sorted(paths)
+
+
+# ---- attach ----
+def attach(model: nn.Module, directory: str | Path, name: str | None = None, trainable: bool = False) -> nn.Module:
+    """Loads an adapter folder, peft's or ours, onto the model, in place; it becomes the active one.
+
+    `name` is what it will be called here ("default" when left out).  With `trainable` it can be trained further.
+
+    Raises FileNotFoundError, or ValueError naming the culprit: a pickled file, a damaged file, a kind of adapter
+    we do not have, tensors that fit no layer (an adapter for another base, a wrong prefix), layers without their
+    tensors, other shapes.  On an error the model is as before.
+    """
+    directory, name = Path(directory), name or "default"
+    config, tensors = _read(directory)
+    parts, whole = _sort(tensors, directory)
+    modules = candidates(model)
+    _check_places(model, modules, config, parts, whole, directory)
+    plan = {}
+    for path, factors in parts.items():
+        r = factors["a"].shape[0]
+        want = _pattern(config.get("rank_pattern"), path, config["r"])
+        if r != want:
+            raise ValueError(f"{directory}: {path} has factors of rank {r}, and {CONFIG} says {want}")
+        alpha = float(_pattern(config.get("alpha_pattern"), path, config["lora_alpha"]))
+        plan[path] = (r, LoRAConfig(r=r, alpha=alpha, rslora=bool(config.get("use_rslora"))).scale(r, alpha))
+    settings = LoRAConfig(dropout=float(config.get("lora_dropout") or 0.0))
+    frozen = {id(p) for p in model.parameters() if not p.requires_grad}
+    add_adapter(model, name, settings, plan, list(whole))
+    try:
+        for path, layer in adapted(model):
+            if name not in layer.adapters:
+                continue
+            part = layer.adapters[name]
+            if isinstance(layer, TrainedModule):
+                part.load_state_dict(whole[path])
+            else:
+                with torch.no_grad():
+                    part.a.copy_(parts[path]["a"])
+                    part.b.copy_(parts[path]["b"])
+            part.requires_grad_(trainable)
+    except Exception:
+        detach(model, name)
+        for p in model.parameters():
+            p.requires_grad_(id(p) not in frozen)
+        raise
+    return model
+
+
+def _read(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    if not directory.is_dir():
+        raise FileNotFoundError(f"{directory} is not a folder; an adapter is a folder with {CONFIG} and {WEIGHTS}")
+    if not (directory / WEIGHTS).is_file():
+        if (directory / "adapter_model.bin").is_file():
+            raise ValueError(
+                f"{directory}/adapter_model.bin is a pickle, which can run code when read; load and save it once with "
+                f"peft's safe_serialization=True to get {WEIGHTS}"
+            )
+        raise FileNotFoundError(f"{directory} holds no {WEIGHTS}")
+    if not (directory / CONFIG).is_file():
+        raise FileNotFoundError(f"{directory} holds no {CONFIG}, so rank and scale are unknown")
+    config = read_json(directory / CONFIG)
+    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+        kind = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
+        raise ValueError(f"{directory / CONFIG}: peft_type is {kind!r}; only 'LORA' can be attached")
+    for key in ("r", "lora_alpha"):
+        if not isinstance(config.get(key), int | float):
+            raise ValueError(f"{directory / CONFIG}: {key} is {config.get(key)!r}, which must be a number")
+    for key, fine in (("use_dora", (False, None)), ("bias", ("none", None)), ("lora_bias", (False, None))):
+        if config.get(key) not in fine:
+            raise ValueError(f"{directory / CONFIG}: {key}={config[key]!r} is not supported yet; only plain LoRA is")
+    try:
+        tensors = load_file(directory / WEIGHTS)
+    except SafetensorError as e:
+        raise ValueError(f"{directory / WEIGHTS} is damaged or cut short ({e})") from None
+    if not tensors:
+        raise ValueError(f"{directory / WEIGHTS} holds no tensors")
+    for key, value in tensors.items():
+        if not torch.isfinite(value).all():
+            raise ValueError(f"{directory / WEIGHTS}: {key} holds NaN or inf")
+    return config, tensors
+
+
+def _sort(
+    tensors: dict[str, Tensor], directory: Path
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, dict[str, Tensor]]]:
+    """Tensors by module: the two factors of each update, and the tensors of whole modules, keyed by full name yet."""
+    parts: dict[str, dict[str, Tensor]] = {}
+    loose: dict[str, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        if not key.startswith(PREFIX):
+            raise ValueError(f"{directory / WEIGHTS}: {key!r} does not start with {PREFIX!r}; this is not a peft adapter")
+        path = key.removeprefix(PREFIX)
+        kind = next((k for k in _KINDS if path.endswith(k)), None)
+        if kind:
+            parts.setdefault(path.removesuffix(kind), {})[_KINDS[kind]] = value
+        elif "lora_" in path or "token_adapter" in path:
+            raise ValueError(f"{directory / WEIGHTS}: {key!r} is a kind of adapter tensor that is not supported yet")
+        else:
+            module, _, parameter = path.rpartition(".")
+            loose.setdefault(module, {})[parameter] = value
+    return parts, loose
+
+
+def _check_places(
+    model: nn.Module,
+    modules: Mapping[str, nn.Module],
+    config: Mapping[str, Any],
+    parts: Mapping[str, dict[str, Tensor]],
+    whole: dict[str, dict[str, Tensor]],
+    directory: Path,
+) -> None:
+    """Every tensor has a place of its shape, and every place that the config means has its tensors."""
+    if is_merged(model):
+        raise RuntimeError("this model is merged; call lora.unmerge(model) before attaching an adapter")
+    lost = sorted(path for path in (*parts, *whole) if path.removesuffix(".base_layer") not in modules)
+    if lost:
+        raise ValueError(
+            f"{directory} is for another base: {len(lost)} of its {len(parts) + len(whole)} layers, such as {lost[0]!r}, "
+            f"are not in {type(model).__name__}"
+        )
+    for path, factors in parts.items():
+        module = modules[path]
+        missing = {"a", "b"} - set(factors)
+        if missing:
+            raise ValueError(f"{directory}: {path} lacks its factor {missing.pop().upper()}; the file is incomplete")
+        table = isinstance(module, nn.Embedding | LoRAEmbedding)
+        if not table and not is_linear(module):
+            raise ValueError(f"{directory}: {path} is {type(module).__name__} here, neither linear nor an embedding")
+        layer = module.base if isinstance(module, Adapted) else module
+        n_out, n_in = tuple(layer.weight.shape)[::-1] if table else linear_shape(layer)
+        a, b = factors["a"], factors["b"]
+        if (a.shape[1], b.shape[0]) != (n_in, n_out) or a.shape[0] != b.shape[1]:
+            raise ValueError(
+                f"{directory} is for another base: {path} maps {n_in} to {n_out} here, and its factors are "
+                f"{tuple(a.shape)} and {tuple(b.shape)}"
+            )
+    for path in [p for p in whole if p.endswith(".base_layer")]:  # peft stores an adapted table whole beside its factors
+        layer = modules[path.removesuffix(".base_layer")]
+        layer = layer.base if isinstance(layer, Adapted) else layer
+        for key, value in whole.pop(path).items():
+            if not torch.equal(value.to(layer.get_parameter(key).dtype), layer.get_parameter(key).detach().cpu()):
+                raise ValueError(f"{directory}: {path}.{key} differs from this base's; it is for another base")
+    for path in whole:
+        module = modules[path]
+        module = module.base if isinstance(module, TrainedModule) else module
+        want = {key: tuple(value.shape) for key, value in module.state_dict().items()}
+        got = {key: tuple(value.shape) for key, value in whole[path].items()}
+        if want != got:
+            raise ValueError(f"{directory}: {path} has {want} here, and the file has {got}")
+    meant = {
+        n
+        for n, m in modules.items()
+        if (is_linear(m) or isinstance(m, nn.Embedding | LoRAEmbedding)) and _peft_means(model, config, n)
+    }
+    empty = sorted(meant - set(parts))
+    if empty:
+        raise ValueError(
+            f"{directory} is incomplete: {CONFIG} means {len(meant)} layers, and {len(empty)} of them, such as "
+            f"{empty[0]!r}, have no tensors"
+        )
+
+
+def _peft_means(model: nn.Module, config: Mapping[str, Any], name: str) -> bool:
+    """peft's rule for whether target_modules means module `name`."""
+
+    def means(target: Any) -> bool:
+        if isinstance(target, str):
+            return re.fullmatch(target, name) is not None
+        return any(name == t or name.endswith("." + t) for t in target or ())
+
+    targets, layers = config.get("target_modules"), config.get("layers_to_transform")
+    if layers is not None or config.get("exclude_modules") and means(config["exclude_modules"]):
+        return False  # a choice by layer number is left to the file's own tensors
+    if targets == "all-linear":
+        return name != output_head(model) and is_linear(candidates(model)[name])
+    return means(targets)
+
+
+def _pattern(patterns: Mapping[str, Any] | None, name: str, default: Any) -> Any:
+    """peft's rule for rank_pattern and alpha_pattern: the first key that ends the name."""
+    for key, value in (patterns or {}).items():
+        if re.match(rf"(.*\.)?({key})$", name):
+            return value
+    return default
