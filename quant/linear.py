@@ -31,7 +31,7 @@ class Linear4bit(nn.Module):
         self.register_buffer("code", packed.code, persistent=False)
         for name, scale in zip(_SCALES, packed.scales, strict=False):
             self.register_buffer(name, scale, persistent=name != "nested_map")
-        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach(), requires_grad=False))
 
     def packed(self) -> Packed:
         """The weight as bytes and scales (the same memory)."""

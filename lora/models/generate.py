@@ -1,0 +1,168 @@
+"""generate: text from a model, greedy or sampled, many prompts at once, with a key-value cache.
+
+Prompts of different length are padded on the left, where a mask hides the padding and positions count from each
+prompt's own first token, so that a row gives the same tokens alone and in a batch.
+"""
+
+from collections.abc import Sequence
+from typing import Any, overload
+
+import torch
+from torch import Tensor, nn
+
+from lora.models.llama import Llama
+from lora.models.tokenizer import Tokenizer
+
+Prompt = str | Sequence[dict[str, Any]]
+
+
+@overload
+def generate(model: nn.Module, tokenizer: Tokenizer, prompts: str, max_new_tokens: int = 64, **options: Any) -> str: ...
+@overload
+def generate(
+    model: nn.Module, tokenizer: Tokenizer, prompts: Sequence[Any], max_new_tokens: int = 64, **options: Any
+) -> list[str]: ...
+def generate(
+    model: nn.Module,
+    tokenizer: Tokenizer,
+    prompts: str | Sequence[Any],
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    *,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int | None = None,
+    stop: Sequence[int] = (),
+    batch: int = 32,
+) -> str | list[str]:
+    """The continuation of each prompt, without the prompt and without stop tokens.
+
+    Args:
+        prompts: a text, or a list whose items are texts or chats ([{"role": ..., "content": ...}, ...])
+        temperature: 0 takes the likeliest token; above it, logits are divided by it and one is drawn
+        top_k: draw among the k likeliest (0: all);  top_p: among the likeliest whose probabilities reach p
+        seed: of the draws; None draws afresh
+        stop: token ids that end a text, besides the tokenizer's own
+        batch: prompts that run together
+
+    Raises TypeError for a model that is not ours, ValueError for a prompt that is empty or does not fit.
+    """
+    if isinstance(prompts, str):
+        return generate(model, tokenizer, [prompts], max_new_tokens, temperature=temperature, top_k=top_k,
+                        top_p=top_p, seed=seed, stop=stop, batch=batch)[0]  # fmt: skip
+    ids = [prompt_ids(tokenizer, prompt) for prompt in prompts]
+    ends = (*tokenizer.stop, *stop)
+    made = generate_ids(
+        model, ids, max_new_tokens, ends, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, batch=batch
+    )
+    return [tokenizer.decode(row) for row in made]
+
+
+def prompt_ids(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
+    """Token ids of a text, or of a chat that waits for its answer."""
+    if isinstance(prompt, str):
+        return tokenizer.encode(prompt)
+    return tokenizer.encode_with_offsets(tokenizer.render(prompt, prompt=True))[0]
+
+
+def generate_ids(
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    stop: Sequence[int] = (),
+    *,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int | None = None,
+    batch: int = 32,
+) -> list[list[int]]:
+    """New token ids for each prompt's ids, up to but not including a stop token. See `generate`."""
+    if not isinstance(model, Llama):
+        raise TypeError(f"{type(model).__name__} is not a model of lora.load; use its own generate method")
+    if temperature < 0 or not 0 < top_p <= 1 or top_k < 0 or max_new_tokens < 1:
+        raise ValueError(
+            f"temperature={temperature}, top_p={top_p}, top_k={top_k}, max_new_tokens={max_new_tokens}: wanted are "
+            "temperature >= 0, 0 < top_p <= 1, top_k >= 0 and at least one new token"
+        )
+    for i, ids in enumerate(prompts):
+        if not ids:
+            raise ValueError(f"prompt {i} is empty; a model needs at least one token to continue from")
+        if len(ids) + max_new_tokens > model.config.max_length:
+            raise ValueError(
+                f"prompt {i} has {len(ids)} tokens; with max_new_tokens={max_new_tokens} that passes the "
+                f"{model.config.max_length} this model was built for"
+            )
+    device = model.model.norm.weight.device
+    draw = torch.Generator(device).manual_seed(seed) if seed is not None else None
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # neighbours in length pad each other least
+    made: list[list[int]] = [[] for _ in prompts]
+    was_training = model.training
+    model.eval()
+    try:
+        for start in range(0, len(order), batch):
+            group = order[start : start + batch]
+            rows = _run(
+                model, [prompts[i] for i in group], max_new_tokens, set(stop), temperature, top_k, top_p, draw, device
+            )
+            for i, row in zip(group, rows, strict=True):
+                made[i] = row
+    finally:
+        model.train(was_training) if was_training else None
+    return made
+
+
+@torch.no_grad()
+def _run(
+    model: Llama,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    stop: set[int],
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    draw: torch.Generator | None,
+    device: torch.device,
+) -> list[list[int]]:
+    B, T = len(prompts), max(map(len, prompts))
+    ids = torch.zeros(B, T, dtype=torch.int64)
+    real = torch.zeros(B, T + max_new_tokens, dtype=torch.bool)
+    for row, prompt in enumerate(prompts):
+        ids[row, T - len(prompt) :] = torch.tensor(prompt)
+        real[row, T - len(prompt) :] = True
+    padded = not bool(real.all())
+    ids, real = ids.to(device), real.to(device)
+    positions = (real[:, :T].cumsum(dim=1) - 1).clamp(min=0)
+    cache = model.new_cache(B, T + max_new_tokens)
+    made: list[list[int]] = [[] for _ in prompts]
+    running = set(range(B))
+    for step in range(max_new_tokens):
+        h = model.hidden(ids, real[:, : cache.used + ids.shape[1]] if padded else None, positions, cache)
+        logits = model.lm_head(h[:, -1]).float()  # (B, V)
+        token = pick(logits, temperature, top_k, top_p, draw)
+        for row, t in enumerate(token.tolist()):
+            if row in running:
+                if t in stop:
+                    running.discard(row)
+                else:
+                    made[row].append(t)
+        if not running or step + 1 == max_new_tokens:
+            break
+        ids, positions = token[:, None], positions[:, -1:] + 1
+    return made
+
+
+def pick(logits: Tensor, temperature: float, top_k: int, top_p: float, draw: torch.Generator | None) -> Tensor:
+    """One token id a row (B,) from logits (B, V): the likeliest, or a draw from the cut and tempered distribution."""
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    logits = logits / temperature
+    if top_k:
+        least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+        logits = logits.masked_fill(logits < least, -torch.inf)
+    if top_p < 1:
+        value, index = logits.sort(dim=-1, descending=True)
+        p = value.softmax(dim=-1)
+        beyond = p.cumsum(dim=-1) - p >= top_p  # the token that reaches p stays in
+        logits = logits.masked_fill(torch.zeros_like(beyond).scatter(1, index, beyond), -torch.inf)
+    return torch.multinomial(logits.softmax(dim=-1), 1, generator=draw)[:, 0]

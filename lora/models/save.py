@@ -1,0 +1,115 @@
+"""save_pretrained: a model as a Hugging Face folder, dense or with its 4-bit weights in bitsandbytes' layout."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from lora.files import new_directory
+from lora.layer import Adapted
+from lora.models.llama import Llama
+from lora.models.tokenizer import Tokenizer
+from lora.quant.checkpoint import to_tensors
+from lora.quant.linear import Linear4bit
+
+SHARD = 5 * 10**9  # bytes of one file
+
+
+def save_pretrained(
+    model: Llama,
+    tokenizer: Tokenizer,
+    directory: str | Path,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    shard: int = SHARD,
+) -> Path:
+    """Writes config.json, safetensors (more than one above `shard` bytes) and the tokenizer; returns the folder.
+
+    Dense weights are written in `dtype`.  A merged model is written merged.
+
+    Raises FileExistsError where the folder holds something; ValueError on a model with unmerged adapters, which
+    this format has no place for.
+    """
+    directory = Path(directory)
+    for name, layer in model.named_modules():
+        if isinstance(layer, Adapted) and layer.merged is None:
+            raise ValueError(f"{name} carries an unmerged adapter; call lora.merge(model) first, or lora.save for it alone")
+    config = model.config.to_json() | {"torch_dtype": str(dtype).removeprefix("torch.")}
+    ids = {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos, "pad_token_id": tokenizer.pad}
+    config |= {key: value for key, value in ids.items() if value is not None}
+    packed = [m for m in model.modules() if isinstance(m, Linear4bit)]
+    if packed:
+        config["quantization_config"] = _quantization_config(packed[0], dtype)
+    with new_directory(directory) as folder:
+        files: list[dict[str, Tensor]] = [{}]
+        size = 0
+        where: dict[str, int] = {}
+        for group in _weights(model, dtype):
+            n_bytes = sum(t.numel() * t.element_size() for t in group.values())
+            if files[-1] and size + n_bytes > shard:
+                _write(files, folder)
+                files.append({})
+                size = 0
+            size += n_bytes
+            files[-1] |= group
+            where |= dict.fromkeys(group, len(files))
+        _write(files, folder)
+        count = len(files)
+        names = {k: _shard_name(k, count) for k in range(1, count + 1)}
+        for k, name in names.items():
+            (folder / f"part-{k}").rename(folder / name)
+        if count > 1:
+            index = {"metadata": {}, "weight_map": {key: names[k] for key, k in where.items()}}
+            (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n")
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        tokenizer.save(folder)
+    return directory
+
+
+def _shard_name(k: int, count: int) -> str:
+    return "model.safetensors" if count == 1 else f"model-{k:05d}-of-{count:05d}.safetensors"
+
+
+def _write(files: list[dict[str, Tensor]], folder: Path) -> None:
+    """Writes the last shard and forgets its tensors."""
+    save_file(files[-1], folder / f"part-{len(files)}", metadata={"format": "pt"})
+    files[-1] = {}
+
+
+def _weights(model: Llama, dtype: torch.dtype) -> Iterator[dict[str, Tensor]]:
+    """The tensors of each parameter by their published names; a tied head is left out."""
+    for name, layer in _plain_layers(model):
+        if isinstance(layer, Linear4bit):
+            yield {k: v.cpu() for k, v in to_tensors(f"{name}.weight", layer.packed(), dtype).items()}
+        for leaf, p in layer.named_parameters(recurse=False):
+            if name == "lm_head" and leaf == "weight" and p.data_ptr() == model.model.embed_tokens.weight.data_ptr():
+                continue
+            yield {f"{name}.{leaf}": p.detach().to(device="cpu", dtype=dtype, copy=True).contiguous()}
+
+
+def _plain_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    inside: tuple[str, ...] = ()
+    for name, layer in model.named_modules():
+        if name.startswith(inside) and inside:
+            continue
+        if isinstance(layer, Adapted):
+            inside = (*inside, name + ".")
+            yield name, layer.merged or layer.base
+        else:
+            yield name, layer
+
+
+def _quantization_config(layer: Linear4bit, dtype: torch.dtype) -> dict:
+    return {
+        "quant_method": "bitsandbytes",
+        "load_in_4bit": True,
+        "load_in_8bit": False,
+        "bnb_4bit_quant_type": layer.kind,
+        "bnb_4bit_use_double_quant": layer.double,
+        "bnb_4bit_compute_dtype": str(dtype).removeprefix("torch."),
+        "bnb_4bit_quant_storage": "uint8",
+        "llm_int8_skip_modules": ["lm_head"],
+    }
