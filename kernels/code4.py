@@ -93,7 +93,7 @@ def dequantize_scales(q: Tensor, code: Tensor, absmax: Tensor, offset: Tensor, b
 
     Two roundings, not one fused multiply-add: the published files were written so.
     """
-    value = code[q.int()]  # (b,)
+    value = torch.index_select(code, 0, q.int())  # (b,)
     whole = q.numel() // block
     value[: whole * block].view(-1, block).mul_(absmax[:whole, None])
     if whole < absmax.numel():
@@ -119,7 +119,9 @@ def _scratch(n: int, dtype: torch.dtype, device: torch.device, use: str) -> Tens
     return buffers[key][:n]
 
 
-def _unpack(q: Tensor, code: Tensor, scales: Sequence[Tensor], block: int, shape: Sequence[int], like: Tensor) -> Tensor:
+def _unpack(
+    q: Tensor, code: Tensor, scales: Sequence[Tensor], block: int, shape: Sequence[int], like: Tensor
+) -> Tensor:
     """The weight (N, K) in the dtype of `like`, in the reused buffer: use it before the next call."""
     absmax = scales[0] if len(scales) == 1 else dequantize_scales(*scales)
     buffer = _scratch(2 * q.numel(), like.dtype, q.device, "weight")
@@ -138,7 +140,8 @@ class _Linear4(torch.autograd.Function):
         y = gemm.linear(flat, _unpack(q, code, scales, block, shape, x))
         if bias is not None:
             y += bias
-        return y.view(*x.shape[:-1], shape[0])
+        # not .view: the result must be no view, so that a low-rank update can be added to it in place
+        return torch.ops.aten._unsafe_view(y, [*x.shape[:-1], shape[0]])
 
     @staticmethod
     def backward(ctx, *grads):

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from lora.config import LoRAConfig
 from lora.files import new_directory, read_json
-from lora.layer import Adapted, LoRAEmbedding, LoRALinear, TrainedModule, adapted, is_linear, linear_shape
+from lora.layer import Adapted, LoRAEmbedding, TrainedModule, adapted, is_linear, linear_shape
 from lora.match import candidates, output_head
 from lora.wrap import adapter_names, add_adapter, check_name, detach, is_merged
 
@@ -222,7 +222,9 @@ def _sort(
     loose: dict[str, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         if not key.startswith(PREFIX):
-            raise ValueError(f"{directory / WEIGHTS}: {key!r} does not start with {PREFIX!r}; this is not a peft adapter")
+            raise ValueError(
+                f"{directory / WEIGHTS}: {key!r} does not start with {PREFIX!r}; this is not a peft adapter"
+            )
         path = key.removeprefix(PREFIX)
         kind = next((k for k in _KINDS if path.endswith(k)), None)
         if kind:
@@ -249,8 +251,8 @@ def _check_places(
     lost = sorted(path for path in (*parts, *whole) if path.removesuffix(".base_layer") not in modules)
     if lost:
         raise ValueError(
-            f"{directory} is for another base: {len(lost)} of its {len(parts) + len(whole)} layers, such as {lost[0]!r}, "
-            f"are not in {type(model).__name__}"
+            f"{directory} is for another base: {len(lost)} of its {len(parts) + len(whole)} layers, such as "
+            f"{lost[0]!r}, are not in {type(model).__name__}"
         )
     for path, factors in parts.items():
         module = modules[path]
@@ -268,7 +270,9 @@ def _check_places(
                 f"{directory} is for another base: {path} maps {n_in} to {n_out} here, and its factors are "
                 f"{tuple(a.shape)} and {tuple(b.shape)}"
             )
-    for path in [p for p in whole if p.endswith(".base_layer")]:  # peft stores an adapted table whole beside its factors
+    for path in [
+        p for p in whole if p.endswith(".base_layer")
+    ]:  # peft stores an adapted table whole beside its factors
         layer = modules[path.removesuffix(".base_layer")]
         layer = layer.base if isinstance(layer, Adapted) else layer
         for key, value in whole.pop(path).items():

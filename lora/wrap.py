@@ -1,7 +1,7 @@
 """wrap: find the layers, put adapters on them, freeze the rest; and the switches that need no file.
 
-    wrap      add a named adapter          detach    take one away, and the wrapping with the last
-    activate  choose which take part       disabled  none of them, for the length of a `with`
+wrap      add a named adapter          detach    take one away, and the wrapping with the last
+activate  choose which take part       disabled  none of them, for the length of a `with`
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -114,7 +114,9 @@ def add_adapter(
         if id(module) not in made:
             layer = module if isinstance(module, Adapted) else kind(module).train(module.training)
             if not isinstance(layer, kind):
-                raise ValueError(f"{target!r} already carries {type(layer).__name__}; it cannot also be {kind.__name__}")
+                raise ValueError(
+                    f"{target!r} already carries {type(layer).__name__}; it cannot also be {kind.__name__}"
+                )
             add(layer)
             layer.adapters.train(module.training)
             made[id(module)] = layer

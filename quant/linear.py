@@ -106,5 +106,7 @@ def quantize_module(
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, done[id(module)])
     if not done:
-        raise ValueError(f"nothing was quantized: {type(model).__name__} has no linear layer outside skip={tuple(skip)}")
+        raise ValueError(
+            f"nothing was quantized: {type(model).__name__} has no linear layer outside skip={tuple(skip)}"
+        )
     return model

@@ -34,9 +34,7 @@ _NAMES = {
     "ffn_down": "mlp.down_proj",
 }
 # Splitting of text before the merges, by the file's name for it.  GPT-2's pattern is the tokenizers library's own.
-_LLAMA3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+_LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"  # noqa: E501
 _DECODE_BYTES = 2**24  # float32 bytes decoded at a time: bounds what a large embedding needs beside itself
 
 

@@ -179,7 +179,9 @@ def _fill(
             continue
         packed = from_tensors(weight, {key: value.to(device) for key, value in group.items()})
         if packed.shape != tuple(want[weight].shape):
-            raise ValueError(f"{path}: {weight} is {packed.shape}, and config.json asks for {tuple(want[weight].shape)}")
+            raise ValueError(
+                f"{path}: {weight} is {packed.shape}, and config.json asks for {tuple(want[weight].shape)}"
+            )
         _place(model, weight.removesuffix(".weight"), packed)
         got.add(weight)
     missing = sorted(set(want) - got)

@@ -36,7 +36,9 @@ def save_pretrained(
     directory = Path(directory)
     for name, layer in model.named_modules():
         if isinstance(layer, Adapted) and layer.merged is None:
-            raise ValueError(f"{name} carries an unmerged adapter; call lora.merge(model) first, or lora.save for it alone")
+            raise ValueError(
+                f"{name} carries an unmerged adapter; call lora.merge(model) first, or lora.save for it alone"
+            )
     config = model.config.to_json() | {"torch_dtype": str(dtype).removeprefix("torch.")}
     ids = {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos, "pad_token_id": tokenizer.pad}
     config |= {key: value for key, value in ids.items() if value is not None}

@@ -1,0 +1,133 @@
+"""How fast is a whole QLoRA step on a CPU, and in how much memory, beside transformers + peft + bitsandbytes?
+
+SmolLM2-135M-Instruct, NF4 with double quantization, LoRA r=16 on all linears, float32 compute, every token
+learned, AdamW.  Each side runs in a process of its own (peak memory is that of the process), the two by turns;
+a step is zero_grad, forward, backward, optimizer; the median step counts.
+
+usage: python benchmarks/bench_cpu_step.py [--rounds 2] [--steps 6] [--save]
+"""
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+
+import torch
+
+from result import finish  # isort: skip  (beside this script)
+
+SHAPES = ((8, 64), (1, 64), (2, 512))
+R, ALPHA, LR = 16, 32, 1e-4
+
+
+def ours(folder: str) -> Callable[[torch.Tensor], None]:
+    import lora
+    from lora.eval.nll import token_nll
+    from lora.render import Batch
+    from lora.train.optim import AdamW
+
+    model, _ = lora.load(folder, quantize="nf4", dtype="float32")
+    lora.wrap(model, r=R, alpha=ALPHA).train()
+    optimizer = AdamW(p for p in model.parameters() if p.requires_grad)
+
+    def step(ids: torch.Tensor) -> None:
+        B, S = ids.shape
+        at = torch.arange(B * S).view(B, S)[:, :-1].reshape(-1)
+        batch = Batch(ids, torch.ones_like(ids, dtype=torch.bool), at, ids.view(-1)[at + 1], at // S, tuple(range(B)))
+        nll, _ = token_nll(model, batch)
+        nll.mean().backward()
+        optimizer.gather()
+        optimizer.step(LR)
+        optimizer.zero_grad()
+
+    return step
+
+
+def peer(folder: str) -> Callable[[torch.Tensor], None]:
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    four = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float32,
+    )
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, quantization_config=four)
+    config = LoraConfig(r=R, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = get_peft_model(model, config).train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LR)
+
+    def step(ids: torch.Tensor) -> None:
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def one(side: str, folder: str, B: int, S: int, steps: int) -> None:
+    """One side on one shape, in this process; prints a JSON line."""
+    torch.manual_seed(0)
+    step = {"ours": ours, "peer": peer}[side](folder)
+    times = []
+    for _ in range(steps + 1):
+        ids = torch.randint(5, 49000, (B, S))
+        start = time.perf_counter()
+        step(ids)
+        times.append(time.perf_counter() - start)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    print(json.dumps({"s": times[1:], "peak_gib": peak}))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=2, help="processes of each side per shape")
+    parser.add_argument("--steps", type=int, default=6, help="timed steps of each process")
+    parser.add_argument("--save", action="store_true", help="write results/cpu_step-cpu.json")
+    parser.add_argument("--one", nargs=4, metavar=("SIDE", "FOLDER", "B", "S"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.one:
+        one(args.one[0], args.one[1], int(args.one[2]), int(args.one[3]), args.steps)
+        return
+    import lora
+    from models import smollm2
+
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        model, tokenizer = lora.load(smollm2())
+        lora.save_pretrained(model, tokenizer, f"{folder}/bf16")
+        del model
+        for B, S in SHAPES:
+            seconds: dict[str, list[float]] = {"ours": [], "peer": []}
+            peak = {"ours": 0.0, "peer": 0.0}
+            for _ in range(args.rounds):
+                for side in ("peer", "ours"):
+                    command = [sys.executable, __file__, "--steps", str(args.steps)]
+                    command += ["--one", side, f"{folder}/bf16", str(B), str(S)]
+                    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=True)
+                    result = json.loads(done.stdout.splitlines()[-1])
+                    seconds[side] += result["s"]
+                    peak[side] = max(peak[side], result["peak_gib"])
+            median = {side: statistics.median(s) for side, s in seconds.items()}
+            row = {
+                "batch": B,
+                "length": S,
+                "peer_tok_s": round(B * S / median["peer"], 1),
+                "ours_tok_s": round(B * S / median["ours"], 1),
+                "speed": round(median["peer"] / median["ours"], 3),
+                "peer_peak_gib": round(peak["peer"], 3),
+                "ours_peak_gib": round(peak["ours"], 3),
+            }
+            rows.append(row)
+            print("  ".join(f"{k} {v}" for k, v in row.items()), flush=True)
+    finish("cpu_step", rows, args.save)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,36 @@
+"""The end of a benchmark: one JSON line with device, versions and every row, also kept under results/."""
+
+import datetime
+import json
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def device_name() -> str:
+    """The GPU, or the processor with its cores."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    return f"{name}, {os.cpu_count()} cores"
+
+
+def finish(bench: str, rows: list[dict[str, Any]], save: bool) -> None:
+    """Prints the JSON line and, with `save`, writes results/<bench>-<cpu or gpu>.json."""
+    document = {
+        "bench": bench,
+        "date": datetime.date.today().isoformat(),
+        "device": device_name(),
+        "torch": torch.__version__,
+        "rows": rows,
+    }
+    if save:
+        kind = "gpu" if torch.cuda.is_available() else "cpu"
+        path = Path(__file__).parent / "results" / f"{bench}-{kind}.json"
+        path.write_text(json.dumps(document, indent=1) + "\n")
+    print(json.dumps(document))

@@ -1,0 +1,128 @@
+"""Rows to token ids and a mask of what is learned: one renderer for training, evaluation and generation.
+
+Prompt and completion: the ids of the prompt exactly as generation will see them, then the completion and one
+end-of-text token; the last two are learned.  Where the prompt's last token would merge with the completion's
+first in one piece of text, the two are encoded apart, as they will be at inference.
+
+Chats: the whole chat is rendered by the model's own template.  A turn's text is what the template adds between
+"up to here, assistant to answer" and "with the answer"; no template needs patching for it.  An assistant turn is
+learned up to and with its first stop token; padding and what the template adds behind it never.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lora.models.tokenizer import Tokenizer
+from lora.rows import Row
+
+
+@dataclass(frozen=True)
+class Example:
+    """One row as token ids, and which of them are learned; `row` is its place in the data."""
+
+    ids: tuple[int, ...]
+    learned: tuple[bool, ...]
+    row: int
+
+    @property
+    def n_learned(self) -> int:
+        return sum(self.learned)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows of one length, padded on the right.
+
+    ids (B, T) int64; `real` (B, T) bool marks tokens that are not padding; `at` (n,) int64 are places in the
+    flattened (B*T) whose next token is learned, `target` (n,) those tokens, `owner` (n,) their row in the batch.
+    """
+
+    ids: Tensor
+    real: Tensor
+    at: Tensor
+    target: Tensor
+    owner: Tensor
+    rows: tuple[int, ...]
+
+    @property
+    def n_tokens(self) -> int:
+        return int(self.real.sum())
+
+    def to(self, device: torch.device) -> "Batch":
+        moved = (t.to(device) for t in (self.ids, self.real, self.at, self.target, self.owner))
+        return Batch(*moved, rows=self.rows)
+
+
+def render(rows: Sequence[Row], tokenizer: Tokenizer, max_length: int) -> list[Example]:
+    """Every row as an Example.
+
+    Raises ValueError naming the row when it is longer than `max_length` tokens (its learned tokens would be cut
+    away: shorten it, leave it out or raise the limit), or when nothing in it would be learned.
+    """
+    examples = []
+    for i, row in enumerate(rows):
+        ids, learned = _chat(row, tokenizer, i) if "messages" in row else _pair(row, tokenizer)
+        learned[0] = False  # nothing stands before the first token, so nothing predicts it
+        if not any(learned):
+            raise ValueError(f"row {i}: none of its {len(ids)} tokens would be learned")
+        if len(ids) > max_length:
+            cut = sum(learned[max_length:])
+            raise ValueError(
+                f"row {i} has {len(ids)} tokens and the limit is {max_length}; cutting it would lose {cut} of its "
+                f"{sum(learned)} learned tokens: shorten the row, leave it out, or raise max_length"
+            )
+        examples.append(Example(tuple(ids), tuple(learned), i))
+    return examples
+
+
+def _pair(row: Row, tokenizer: Tokenizer) -> tuple[list[int], list[bool]]:
+    prompt = tokenizer.encode(row["prompt"])
+    whole = tokenizer.encode(row["prompt"] + row["completion"])
+    if whole[: len(prompt)] != prompt or len(whole) == len(prompt):
+        whole = prompt + tokenizer.encode(row["completion"], special=False)
+    if tokenizer.eos is not None and whole[-1] != tokenizer.eos:
+        whole.append(tokenizer.eos)
+    return whole, [i >= len(prompt) for i in range(len(whole))]
+
+
+def _chat(row: Row, tokenizer: Tokenizer, number: int) -> tuple[list[int], list[bool]]:
+    messages = row["messages"]
+    text = tokenizer.render(messages)
+    spans = []
+    for i, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        before = tokenizer.render(messages[:i], prompt=True)
+        after = tokenizer.render(messages[: i + 1])
+        if not after.startswith(before) or not text.startswith(after):
+            raise ValueError(
+                f"row {number}: the chat template of {tokenizer.source} writes turn {i} otherwise once it is answered "
+                "or followed by others, so what to learn cannot be told; split the chat so that this turn is its last"
+            )
+        spans.append((len(before), len(after)))
+    ids, offsets = tokenizer.encode_with_offsets(text)
+    learned = [False] * len(ids)
+    for start, end in spans:
+        for k, (a, b) in enumerate(offsets):
+            if start <= a and b <= end and a < b:
+                learned[k] = True
+                if ids[k] in tokenizer.stop:
+                    break
+    return ids, learned
+
+
+def collate(examples: Sequence[Example], pad: int = 0) -> Batch:
+    """One batch of these examples, in their order."""
+    T = max(len(e.ids) for e in examples)
+    ids = torch.full((len(examples), T), pad, dtype=torch.int64)
+    real = torch.zeros(len(examples), T, dtype=torch.bool)
+    learned = torch.zeros(len(examples), T, dtype=torch.bool)
+    for b, e in enumerate(examples):
+        ids[b, : len(e.ids)] = torch.tensor(e.ids)
+        real[b, : len(e.ids)] = True
+        learned[b, : len(e.ids)] = torch.tensor(e.learned)
+    flat = learned.view(-1).nonzero()[:, 0]  # (n,)
+    return Batch(ids, real, flat - 1, ids.view(-1)[flat], flat // T, tuple(e.row for e in examples))

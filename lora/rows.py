@@ -1,0 +1,86 @@
+"""Rows of text: read from JSONL, and checked before anything else runs.
+
+{"prompt": "...", "completion": "..."}           the completion is learned
+{"messages": [{"role": ..., "content": ...}]}    every assistant turn is learned
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+Data = str | Path | Sequence[Row]
+ROLES = ("system", "user", "assistant", "tool")
+
+
+def read_rows(data: Data) -> list[Row]:
+    """The checked rows of a .jsonl file, or of a list of dicts.
+
+    Raises FileNotFoundError, or ValueError naming the line: malformed JSON, no rows, a row of neither kind, an
+    empty completion.
+    """
+    if isinstance(data, str | Path):
+        path = Path(data)
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is not there; data is a .jsonl file, one row a line")
+        rows, source = [], str(path)
+        with path.open(encoding="utf-8") as f:
+            for n, line in enumerate(f, start=1):
+                if not line.strip():
+                    continue
+                try:
+                    rows.append((f"{path} line {n}", json.loads(line)))
+                except ValueError as e:
+                    raise ValueError(f"{path} line {n} is not valid JSON ({e})") from None
+    else:
+        rows, source = [(f"row {i}", row) for i, row in enumerate(data)], "the list"
+    if not rows:
+        raise ValueError(f"{source} holds no rows")
+    for where, row in rows:
+        _check(where, row)
+    return [row for _, row in rows]
+
+
+def _check(where: str, row: Any) -> None:
+    if not isinstance(row, dict):
+        raise ValueError(f"{where} is {type(row).__name__}, not an object with prompt and completion, or messages")
+    if "messages" in row:
+        _check_messages(where, row["messages"])
+        return
+    for key in ("prompt", "completion"):
+        if key not in row:
+            raise ValueError(
+                f"{where} has no {key!r}; it has {sorted(row)}, and needs prompt and completion, or messages"
+            )
+        if not isinstance(row[key], str):
+            raise ValueError(f"{where}: {key!r} is {type(row[key]).__name__}, and must be text")
+    if not row["completion"]:
+        raise ValueError(f"{where} has an empty completion, so nothing could be learned from it")
+
+
+def _check_messages(where: str, messages: Any) -> None:
+    if not isinstance(messages, list) or not messages:
+        raise ValueError(f"{where}: messages must be a list that is not empty")
+    for message in messages:
+        if not isinstance(message, dict) or not isinstance(message.get("content"), str):
+            raise ValueError(f"{where}: each message needs a role and a text as content, and one is {message!r}")
+        if message.get("role") not in ROLES:
+            raise ValueError(f"{where}: role {message.get('role')!r} is not one of {', '.join(ROLES)}")
+    if not any(m["role"] == "assistant" and m["content"] for m in messages):
+        raise ValueError(f"{where} has no assistant message with content, so nothing could be learned from it")
+
+
+def prompt_of(row: Row) -> str | list[Row]:
+    """What the model is asked in a row: the prompt, or the chat up to its last assistant turn."""
+    if "messages" in row:
+        last = max(i for i, m in enumerate(row["messages"]) if m["role"] == "assistant")
+        return row["messages"][:last]
+    return row["prompt"]
+
+
+def reference_of(row: Row) -> str:
+    """What it should answer: the completion, or the last assistant turn."""
+    if "messages" in row:
+        return [m["content"] for m in row["messages"] if m["role"] == "assistant"][-1]
+    return row["completion"]

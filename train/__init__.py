@@ -1,0 +1,1 @@
+"""From text to adapter: settings, batches, the optimizer, the loop, the log."""

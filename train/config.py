@@ -1,0 +1,69 @@
+"""TrainConfig: how long, how fast, how much at once."""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from lora.config import option
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Settings of one run.
+
+    The default learning rate is ten times what full fine-tuning would take, as LoRA wants (Schulman et al., LoRA
+    Without Regret, 2025); batches stay small for the same reason.
+
+    Attributes:
+        epochs: passes over the data; max_steps, where given, wins
+        batch: rows that run together; accumulate: such batches to one optimizer step
+        warmup: share of the steps over which the learning rate rises; then it falls along a cosine to 0
+        clip: gradients whose joint norm is larger are scaled down to it; 0 leaves them
+        max_length: longest row in tokens; None takes the model's own limit
+        eval_every: steps between evaluations on the validation rows; 0 evaluates at the end only
+        out: run directory; None writes nothing
+    """
+
+    epochs: float = option(1.0, "passes over the data; max_steps, where given, wins")
+    max_steps: int | None = option(None, "optimizer steps in all; None counts them from epochs")
+    batch: int = option(8, "rows that run together")
+    accumulate: int = option(1, "batches to one optimizer step")
+    lr: float = option(2e-4, "highest learning rate")
+    warmup: float = option(0.03, "share of the steps over which the learning rate rises; then a cosine takes it to 0")
+    weight_decay: float = option(0.0, "AdamW's decoupled decay")
+    beta1: float = option(0.9, "AdamW's decay of the mean gradient")
+    beta2: float = option(0.999, "AdamW's decay of the mean squared gradient")
+    eps: float = option(1e-8, "AdamW's guard against division by zero")
+    clip: float = option(1.0, "largest joint norm of the gradients; 0 leaves them as they are")
+    max_length: int | None = option(None, "longest row in tokens; None takes the model's own limit")
+    eval_every: int = option(0, "steps between evaluations on the validation rows; 0 evaluates at the end only")
+    log_every: int = option(1, "steps between lines of the log")
+    seed: int = option(42, "of the order of the rows and of dropout")
+    out: str | None = option(None, "run directory; None writes nothing")
+    progress: bool = option(True, "show a progress bar, or a line a log entry where there is no terminal")
+
+    def __post_init__(self) -> None:
+        for key, low in (("batch", 1), ("accumulate", 1), ("log_every", 1), ("eval_every", 0), ("seed", 0)):
+            value = getattr(self, key)
+            if not isinstance(value, int) or value < low:
+                raise ValueError(f"{key}={value!r}: a whole number, at least {low}")
+        for key in ("max_steps", "max_length"):
+            value = getattr(self, key)
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise ValueError(f"{key}={value!r}: a whole number, at least 1, or None")
+        for key in ("epochs", "lr", "eps"):
+            value = getattr(self, key)
+            if not math.isfinite(value) or value <= 0:
+                raise ValueError(f"{key}={value!r}: a finite number above 0")
+        for key in ("warmup", "beta1", "beta2"):
+            value = getattr(self, key)
+            if not 0 <= value < 1:
+                raise ValueError(f"{key}={value!r}: from 0 up to, not including, 1")
+        for key in ("weight_decay", "clip"):
+            value = getattr(self, key)
+            if not math.isfinite(value) or value < 0:
+                raise ValueError(f"{key}={value!r}: a finite number, at least 0")
+
+    def replace(self, **changes: Any) -> "TrainConfig":
+        return dataclasses.replace(self, **changes)
