@@ -53,10 +53,15 @@ def quantize4(w: Tensor, code: Tensor, block: int) -> tuple[Tensor, Tensor]:
 
 
 # ---- dequantize ----
+def byte_table(code: Tensor) -> Tensor:
+    """The two values of each byte, (256, 2) float32, high half first, from a 16-entry code."""
+    return torch.stack((code.repeat_interleave(16), code.repeat(16)), dim=1)
+
+
 def dequantize4(
-    q: Tensor, absmax: Tensor, code: Tensor, block: int, n: int, dtype: torch.dtype, out: Tensor | None = None
+    q: Tensor, absmax: Tensor, table: Tensor, block: int, n: int, dtype: torch.dtype, out: Tensor | None = None
 ) -> Tensor:
-    """The n values (n,) of bytes q in `dtype`: float32(code) * float32(absmax), rounded once.
+    """The n values (n,) of bytes q in `dtype`: float32(code) * float32(absmax), rounded once; `table` of byte_table.
 
     Into `out` (at least 2 * q.numel() values, contiguous) where given.  A byte is looked up whole, as a
     pair of float32 in one 8-byte gather, over a chunk that stays in cache: on two cores 5 ms for
@@ -64,11 +69,10 @@ def dequantize4(
     """
     if out is None:
         out = torch.empty(2 * q.numel(), dtype=dtype, device=q.device)
-    pairs = torch.stack((code.repeat_interleave(16), code.repeat(16)), dim=1)  # (256, 2): high half first
-    table = pairs.view(torch.int64).view(1, 256)
+    pairs = table.view(torch.int64).view(1, 256)
     on_cpu = q.device.type == "cpu"
     lanes = 1 << (torch.get_num_threads() - 1).bit_length() if on_cpu else 1  # gather splits its work over rows only
-    chunk = 2**18 if on_cpu else 2**24  # bytes; a multiple of every block size
+    chunk = 2**19 if on_cpu else 2**24  # bytes; a multiple of every block size
     part = _scratch(min(chunk, q.numel()) * 2, torch.float32, q.device, "chunk") if dtype != torch.float32 else out
     for start in range(0, q.numel(), chunk):
         byte = q[start : start + chunk]
@@ -76,7 +80,7 @@ def dequantize4(
         value = part[: 2 * p] if dtype != torch.float32 else out[2 * start : 2 * (start + p)]
         rows = lanes if p % lanes == 0 else 1
         torch.gather(
-            table.expand(rows, 256), 1, byte.to(torch.int64).view(rows, -1), out=value.view(torch.int64).view(rows, -1)
+            pairs.expand(rows, 256), 1, byte.to(torch.int64).view(rows, -1), out=value.view(torch.int64).view(rows, -1)
         )
         scale = absmax[2 * start // block : -(-2 * (start + p) // block)]
         whole = 2 * p // block
@@ -119,49 +123,69 @@ def _scratch(n: int, dtype: torch.dtype, device: torch.device, use: str) -> Tens
     return buffers[key][:n]
 
 
-def _unpack(
-    q: Tensor, code: Tensor, scales: Sequence[Tensor], block: int, shape: Sequence[int], like: Tensor
-) -> Tensor:
+def _unpack(q: Tensor, table: Tensor, scales: Sequence[Tensor], block: int, shape: Sequence[int], like: Tensor) -> Tensor:
     """The weight (N, K) in the dtype of `like`, in the reused buffer: use it before the next call."""
     absmax = scales[0] if len(scales) == 1 else dequantize_scales(*scales)
     buffer = _scratch(2 * q.numel(), like.dtype, q.device, "weight")
     N, K = shape
-    return dequantize4(q, absmax, code, block, N * K, like.dtype, out=buffer).view(N, K)
+    return dequantize4(q, absmax, table, block, N * K, like.dtype, out=buffer).view(N, K)
 
 
 class _Linear4(torch.autograd.Function):
-    """y = x Wᵀ + bias.  W is unpacked twice and kept never: that is QLoRA's memory."""
+    """y = x Wᵀ + bias + s (x aᵀ) bᵀ.  W is unpacked twice and kept never: that is QLoRA's memory.
+
+    The low-rank part is here, and not a layer of its own, so that its share of dx is added where dx lies.
+    """
 
     @staticmethod
-    def forward(ctx, x, bias, block, shape, q, code, *scales):
-        ctx.save_for_backward(q, code, *scales)
-        ctx.block, ctx.shape = block, shape
+    def forward(ctx, x, bias, a, b, s, block, shape, q, table, *scales):
+        ctx.block, ctx.shape, ctx.s = block, shape, s
         flat = x.reshape(-1, shape[1])  # (..., K) -> (M, K)
-        y = gemm.linear(flat, _unpack(q, code, scales, block, shape, x))
+        y = gemm.linear(flat, _unpack(q, table, scales, block, shape, x))
         if bias is not None:
             y += bias
-        # not .view: the result must be no view, so that a low-rank update can be added to it in place
+        xa = None
+        if a is not None:
+            xa = gemm.linear(flat, a)  # (M, K) (K, r) -> (M, r)
+            y.addmm_(xa, b.T, alpha=s)  # (M, r) (r, N)
+        ctx.save_for_backward(None if a is None else x, a, b, xa, q, table, *scales)
+        # not .view: the result must be no view, so that a further update can be added to it in place
         return torch.ops.aten._unsafe_view(y, [*x.shape[:-1], shape[0]])
 
     @staticmethod
     def backward(ctx, *grads):
         (dy,) = grads
-        q, code, *scales = ctx.saved_tensors
+        x, a, b, xa, q, table, *scales = ctx.saved_tensors
         flat = dy.reshape(-1, ctx.shape[0])  # (M, N)
-        dx = dbias = None
+        dx = dbias = da = db = dxa = None
+        if a is not None:
+            dxa = gemm.matmul(flat, b).mul_(ctx.s)  # (M, N) (N, r) -> (M, r)
+            da = gemm.matmul(dxa.T, x.reshape(-1, ctx.shape[1]))  # (r, M) (M, K)
+            db = (flat.T @ xa).mul_(ctx.s)  # (N, M) (M, r)
         if ctx.needs_input_grad[0]:
-            W = _unpack(q, code, scales, ctx.block, ctx.shape, dy)
-            dx = gemm.matmul(flat, W).view(*dy.shape[:-1], ctx.shape[1])
+            dx = gemm.matmul(flat, _unpack(q, table, scales, ctx.block, ctx.shape, dy))
+            if dxa is not None:
+                dx.addmm_(dxa, a)
+            dx = dx.view(*dy.shape[:-1], ctx.shape[1])
         if ctx.needs_input_grad[1]:
             dbias = flat.sum(dim=0)
-        return dx, dbias, None, None, None, None, *(None for _ in scales)
+        return dx, dbias, da, db, *(None for _ in range(5 + len(scales)))
 
 
 def linear4(
-    x: Tensor, q: Tensor, code: Tensor, scales: Sequence[Tensor], block: int, shape: Sequence[int], bias: Tensor | None
+    x: Tensor,
+    q: Tensor,
+    table: Tensor,
+    scales: Sequence[Tensor],
+    block: int,
+    shape: Sequence[int],
+    bias: Tensor | None = None,
+    low: tuple[Tensor, Tensor, float] | None = None,
 ) -> Tensor:
     """x (..., K) through a frozen 4-bit weight (N, K), in the dtype of x; no gradient reaches the weight.
 
     `scales` is (absmax,), or for double quantization (q, code, absmax, offset) of `dequantize_scales`.
+    `low` is (a (r, K), b (N, r), s) of a low-rank update, which does get gradients.
     """
-    return _Linear4.apply(x, bias, block, tuple(shape), q, code, *scales)
+    a, b, s = low or (None, None, 0.0)
+    return _Linear4.apply(x, bias, a, b, s, block, tuple(shape), q, table, *scales)

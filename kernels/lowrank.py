@@ -10,12 +10,14 @@ Source: LoRA, arXiv:2106.09685, section 4.1.
 import torch
 from torch import Tensor
 
+from lora.kernels import gemm
+
 
 class _AddLowRank(torch.autograd.Function):
     @staticmethod
     def forward(ctx, y, x, a, b, s):
         M, r = x.numel() // x.shape[-1], a.shape[0]
-        xa = x.reshape(M, -1) @ a.T  # (M, K) (K, r) -> (M, r)
+        xa = gemm.linear(x.reshape(M, -1), a)  # (M, K) (K, r) -> (M, r)
         y.view(M, -1).addmm_(xa, b.T, alpha=s)  # (M, r) (r, N)
         ctx.save_for_backward(x, a, b, xa)
         ctx.s, ctx.M, ctx.r = s, M, r
@@ -28,11 +30,11 @@ class _AddLowRank(torch.autograd.Function):
         x, a, b, xa = ctx.saved_tensors
         flat = dy.reshape(ctx.M, -1)
         dx = da = db = None
-        dxa = (flat @ b).mul_(ctx.s)  # (M, N) (N, r) -> (M, r)
+        dxa = gemm.matmul(flat, b).mul_(ctx.s)  # (M, N) (N, r) -> (M, r)
         if ctx.needs_input_grad[1]:
-            dx = (dxa @ a).view_as(x)
+            dx = gemm.matmul(dxa, a).view_as(x)
         if ctx.needs_input_grad[2]:
-            da = dxa.T @ x.reshape(ctx.M, -1)  # (r, M) (M, K)
+            da = gemm.matmul(dxa.T, x.reshape(ctx.M, -1))  # (r, M) (M, K)
         if ctx.needs_input_grad[3]:
             db = (flat.T @ xa).mul_(ctx.s)  # (N, M) (M, r)
         return dy, dx, da, db, None

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from lora.init import init_embedding, init_linear
 from lora.kernels.lowrank import add_low_rank
-from lora.quant.linear import is_conv1d
+from lora.quant.linear import Linear4bit, is_conv1d
 
 
 class Adapter(nn.Module):
@@ -84,8 +84,13 @@ class LoRALinear(Adapted):
     def forward(self, x: Tensor) -> Tensor:
         if self.merged is not None and not self.off:
             return self.merged(x)
-        y = self.base(x)
-        for adapter in self.on():
+        on = self.on()
+        if on and isinstance(self.base, Linear4bit) and not (self.training and on[0].dropout):
+            first = on.pop(0)
+            y = self.base(x, (first.a.to(x.dtype), first.b.to(x.dtype), first.scale))
+        else:
+            y = self.base(x)
+        for adapter in on:
             h = nn.functional.dropout(x, adapter.dropout, self.training) if adapter.dropout else x
             y = add_low_rank(y, h.to(y.dtype), adapter.a.to(y.dtype), adapter.b.to(y.dtype), adapter.scale)
         return y

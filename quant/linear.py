@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from lora.kernels.code4 import linear4
+from lora.kernels.code4 import byte_table, linear4
 from lora.quant.codebook import codebook
 from lora.quant.weight import Packed, check_block, quantize_tensor
 
@@ -29,6 +29,7 @@ class Linear4bit(nn.Module):
         self.kind, self.block, self.double = packed.kind, packed.block, packed.double
         self.register_buffer("weight", packed.q)
         self.register_buffer("code", packed.code, persistent=False)
+        self.register_buffer("table", byte_table(packed.code), persistent=False)  # of `code`, made once
         for name, scale in zip(_SCALES, packed.scales, strict=False):
             self.register_buffer(name, scale, persistent=name != "nested_map")
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach(), requires_grad=False))
@@ -42,12 +43,12 @@ class Linear4bit(nn.Module):
         """The decoded weight (N, K), a fresh tensor."""
         return self.packed().dequantize(dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
-        p = self.packed()
-        return linear4(x, p.q.view(-1), p.code, p.scales, p.block, p.shape, self._cast_bias(x))
-
-    def _cast_bias(self, x: Tensor) -> Tensor | None:
-        return None if self.bias is None else self.bias.to(x.dtype)
+    def forward(self, x: Tensor, low: tuple[Tensor, Tensor, float] | None = None) -> Tensor:
+        """x (..., K) -> (..., N); `low` is (a (r, K), b (N, r), s) of a low-rank update added in the same pass."""
+        scales = [getattr(self, name) for name in (_SCALES if self.double else _SCALES[:1])]
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        shape = (self.out_features, self.in_features)
+        return linear4(x, self.weight.view(-1), self.table, scales, self.block, shape, bias, low)
 
     def _apply(self, fn, recurse=True):
         # nn.Module would cast float buffers along with parameters; a scale in 16 bits is another weight

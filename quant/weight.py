@@ -6,7 +6,7 @@ import math
 import torch
 from torch import Tensor
 
-from lora.kernels.code4 import dequantize4, dequantize_scales, quantize4
+from lora.kernels.code4 import byte_table, dequantize4, dequantize_scales, quantize4
 from lora.quant.blocks import quantize_scales
 from lora.quant.codebook import codebook, dynamic_map
 
@@ -45,7 +45,8 @@ class Packed:
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight as floats, in its own shape."""
-        flat = dequantize4(self.q.view(-1), self.absmax(), self.code, self.block, math.prod(self.shape), dtype)
+        table, n = byte_table(self.code), math.prod(self.shape)
+        flat = dequantize4(self.q.view(-1), self.absmax(), table, self.block, n, dtype)
         return flat.view(self.shape)
 
 
