@@ -95,8 +95,9 @@ def main() -> None:
     if args.one:
         one(args.one[0], args.one[1], int(args.one[2]), int(args.one[3]), args.steps)
         return
-    import lora
     from models import smollm2
+
+    import lora
 
     rows = []
     with tempfile.TemporaryDirectory() as folder:
@@ -110,7 +111,9 @@ def main() -> None:
                 for side in ("peer", "ours"):
                     command = [sys.executable, __file__, "--steps", str(args.steps)]
                     command += ["--one", side, f"{folder}/bf16", str(B), str(S)]
-                    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=True)
+                    done = subprocess.run(
+                        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=True
+                    )
                     result = json.loads(done.stdout.splitlines()[-1])
                     seconds[side] += result["s"]
                     peak[side] = max(peak[side], result["peak_gib"])

@@ -72,7 +72,7 @@ def dequantize4(
     pairs = table.view(torch.int64).view(1, 256)
     on_cpu = q.device.type == "cpu"
     lanes = 1 << (torch.get_num_threads() - 1).bit_length() if on_cpu else 1  # gather splits its work over rows only
-    chunk = 2**19 if on_cpu else 2**24  # bytes; a multiple of every block size
+    chunk = 2**20 if on_cpu else 2**24  # bytes; a multiple of every block size
     part = _scratch(min(chunk, q.numel()) * 2, torch.float32, q.device, "chunk") if dtype != torch.float32 else out
     for start in range(0, q.numel(), chunk):
         byte = q[start : start + chunk]
@@ -123,7 +123,9 @@ def _scratch(n: int, dtype: torch.dtype, device: torch.device, use: str) -> Tens
     return buffers[key][:n]
 
 
-def _unpack(q: Tensor, table: Tensor, scales: Sequence[Tensor], block: int, shape: Sequence[int], like: Tensor) -> Tensor:
+def _unpack(
+    q: Tensor, table: Tensor, scales: Sequence[Tensor], block: int, shape: Sequence[int], like: Tensor
+) -> Tensor:
     """The weight (N, K) in the dtype of `like`, in the reused buffer: use it before the next call."""
     absmax = scales[0] if len(scales) == 1 else dequantize_scales(*scales)
     buffer = _scratch(2 * q.numel(), like.dtype, q.device, "weight")
