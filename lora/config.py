@@ -6,13 +6,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 
-def option(default: Any, help: str) -> Any:  # noqa: A002
-    """A dataclass field whose one sentence of help also serves the command line."""
-    if isinstance(default, dict):
-        return field(default_factory=default.copy, metadata={"help": help})
-    return field(default=default, metadata={"help": help})
-
-
 @dataclass(frozen=True, kw_only=True)
 class LoRAConfig:
     """An adapter: y = base(x) + scale * dropout(x) Aᵀ Bᵀ, A (r, in), B (out, r), scale = alpha / r.
@@ -31,15 +24,15 @@ class LoRAConfig:
         train_modules: names or globs of whole modules to train beside the adapter (a fresh head, say)
     """
 
-    r: int = option(16, "rank of the update: rows of A, columns of B")
-    alpha: float = option(32.0, "the update is scaled by alpha / r")
-    targets: str | tuple[str, ...] = option("all-linear", '"all-linear", or names, last parts of names or globs')
-    exclude: tuple[str, ...] = option((), "names, last parts of names or globs to leave out")
-    dropout: float = option(0.0, "probability of dropping an element of the adapter's input, in training only")
-    rslora: bool = option(False, "scale by alpha / sqrt(r) instead of alpha / r")
-    rank_pattern: dict[str, int] = option({}, "{name or glob: rank}, overriding r")
-    alpha_pattern: dict[str, float] = option({}, "{name or glob: alpha}, overriding alpha")
-    train_modules: tuple[str, ...] = option((), "names or globs of whole modules to train beside the adapter")
+    r: int = 16
+    alpha: float = 32.0
+    targets: str | tuple[str, ...] = "all-linear"
+    exclude: tuple[str, ...] = ()
+    dropout: float = 0.0
+    rslora: bool = False
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    train_modules: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for key, names in (("targets", self.targets), ("exclude", self.exclude), ("train_modules", self.train_modules)):

@@ -5,8 +5,6 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from lora.config import option
-
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
@@ -17,31 +15,41 @@ class TrainConfig:
 
     Attributes:
         epochs: passes over the data; max_steps, where given, wins
-        batch: rows that run together; accumulate: such batches to one optimizer step
-        warmup: share of the steps over which the learning rate rises; then it falls along a cosine to 0
-        clip: gradients whose joint norm is larger are scaled down to it; 0 leaves them
+        max_steps: optimizer steps in all; None counts them from epochs
+        batch: rows that run together
+        accumulate: batches to one optimizer step
+        lr: highest learning rate
+        warmup: share of the steps over which the learning rate rises; then a cosine takes it to 0
+        weight_decay: AdamW's decoupled decay
+        beta1: AdamW's decay of the mean gradient
+        beta2: AdamW's decay of the mean squared gradient
+        eps: AdamW's guard against division by zero
+        clip: largest joint norm of the gradients; 0 leaves them as they are
         max_length: longest row in tokens; None takes the model's own limit
         eval_every: steps between evaluations on the validation rows; 0 evaluates at the end only
+        log_every: steps between lines of the log
+        seed: of the order of the rows and of dropout
         out: run directory; None writes nothing
+        progress: show a progress bar, or a line a log entry where there is no terminal
     """
 
-    epochs: float = option(1.0, "passes over the data; max_steps, where given, wins")
-    max_steps: int | None = option(None, "optimizer steps in all; None counts them from epochs")
-    batch: int = option(8, "rows that run together")
-    accumulate: int = option(1, "batches to one optimizer step")
-    lr: float = option(2e-4, "highest learning rate")
-    warmup: float = option(0.03, "share of the steps over which the learning rate rises; then a cosine takes it to 0")
-    weight_decay: float = option(0.0, "AdamW's decoupled decay")
-    beta1: float = option(0.9, "AdamW's decay of the mean gradient")
-    beta2: float = option(0.999, "AdamW's decay of the mean squared gradient")
-    eps: float = option(1e-8, "AdamW's guard against division by zero")
-    clip: float = option(1.0, "largest joint norm of the gradients; 0 leaves them as they are")
-    max_length: int | None = option(None, "longest row in tokens; None takes the model's own limit")
-    eval_every: int = option(0, "steps between evaluations on the validation rows; 0 evaluates at the end only")
-    log_every: int = option(1, "steps between lines of the log")
-    seed: int = option(42, "of the order of the rows and of dropout")
-    out: str | None = option(None, "run directory; None writes nothing")
-    progress: bool = option(True, "show a progress bar, or a line a log entry where there is no terminal")
+    epochs: float = 1.0
+    max_steps: int | None = None
+    batch: int = 8
+    accumulate: int = 1
+    lr: float = 2e-4
+    warmup: float = 0.03
+    weight_decay: float = 0.0
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    clip: float = 1.0
+    max_length: int | None = None
+    eval_every: int = 0
+    log_every: int = 1
+    seed: int = 42
+    out: str | None = None
+    progress: bool = True
 
     def __post_init__(self) -> None:
         for key, low in (("batch", 1), ("accumulate", 1), ("log_every", 1), ("eval_every", 0), ("seed", 0)):

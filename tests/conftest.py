@@ -1,0 +1,45 @@
+"""What tests share: a fixed seed, few threads, and where the real models lie."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from lora.train.demo import find_weights
+
+SHARED = Path(os.environ.get("LORA_SHARED", Path(__file__).parents[2] / "shared"))
+torch.set_num_threads(max(1, (os.cpu_count() or 2) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    """Every test starts from the same random state."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def stories() -> Path:
+    """A real Llama of 0.26 M parameters, with expected.json."""
+    return _shared("models/stories260k")
+
+
+@pytest.fixture(scope="session")
+def smollm2_files() -> Path:
+    """Tokenizer, config and expected.json of SmolLM2-135M-Instruct; its weights are `smollm2_gguf`."""
+    return _shared("models/smollm2-135m-instruct")
+
+
+@pytest.fixture(scope="session")
+def smollm2_gguf() -> Path:
+    """The weights of SmolLM2-135M-Instruct."""
+    try:
+        return find_weights()
+    except FileNotFoundError as e:
+        pytest.skip(str(e))
+
+
+def _shared(name: str) -> Path:
+    if not (SHARED / name).is_dir():
+        pytest.skip(f"real test material is not here: {SHARED / name} (set LORA_SHARED to its folder)")
+    return SHARED / name
