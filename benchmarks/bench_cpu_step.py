@@ -58,9 +58,9 @@ def peer(folder: str) -> Callable[[torch.Tensor], None]:
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.float32,
     )
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, quantization_config=four)
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, quantization_config=four)
     config = LoraConfig(r=R, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM")
-    model = get_peft_model(model, config).train()
+    model = get_peft_model(base, config).train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LR)
 
     def step(ids: torch.Tensor) -> None:

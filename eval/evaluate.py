@@ -15,7 +15,7 @@ from lora.eval.numbers import absolute_error, is_hit, read_number, squared_log_e
 from lora.files import write_text
 from lora.models.generate import generate
 from lora.models.tokenizer import Tokenizer
-from lora.render import render
+from lora.render import length_limit, render
 from lora.rows import Data, prompt_of, read_rows, reference_of
 
 LIKELIHOOD = ("nll", "perplexity")
@@ -87,8 +87,7 @@ def evaluate(
     start = time.perf_counter()
     nll = count = answers = None
     if any(m in LIKELIHOOD for m in metrics):
-        limit = getattr(model.config, "max_length", None) or getattr(model.config, "max_position_embeddings", 2**31)
-        total, tokens, _ = row_nll(model, render(rows, tokenizer, limit), batch)
+        total, tokens, _ = row_nll(model, render(rows, tokenizer, length_limit(model)), batch)
         nll, count = total.tolist(), tokens.tolist()
     if any(m in ANSWERS for m in metrics):
         prompts = [prompt_of(row) for row in rows]

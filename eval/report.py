@@ -63,14 +63,14 @@ def write_report(
         ]
         parts += [f"<h2>Base against tuned, paired over {comparison.n} rows</h2>", _table(head, rows)]
     if reports and reports[0].rows[0].answer is not None:
-        rows = [
+        said = [
             (a.prompt, a.reference, a.answer or "", b.answer or "")
             for a, b in zip(reports[0].rows[:10], reports[1].rows[:10], strict=True)
         ]
-        parts += ["<h2>First answers</h2>", _table(("asked", "wanted", "base", "tuned"), rows, "said")]
+        parts += ["<h2>First answers</h2>", _table(("asked", "wanted", "base", "tuned"), said, "said")]
     if settings:
-        rows = [(key, str(value)) for key, value in settings.items()]
-        parts += ["<h2>Settings</h2>", _table(("setting", "value"), rows)]
+        pairs = [(key, str(value)) for key, value in settings.items()]
+        parts += ["<h2>Settings</h2>", _table(("setting", "value"), pairs)]
     page = (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
         f"<title>{html.escape(title)}</title><style>{_STYLE}</style><body>{''.join(parts)}</body></html>\n"

@@ -127,7 +127,7 @@ def _unpack(
     q: Tensor, table: Tensor, scales: Sequence[Tensor], block: int, shape: Sequence[int], like: Tensor
 ) -> Tensor:
     """The weight (N, K) in the dtype of `like`, in the reused buffer: use it before the next call."""
-    absmax = scales[0] if len(scales) == 1 else dequantize_scales(*scales)
+    absmax = scales[0] if len(scales) == 1 else dequantize_scales(scales[0], scales[1], scales[2], scales[3])
     buffer = _scratch(2 * q.numel(), like.dtype, q.device, "weight")
     N, K = shape
     return dequantize4(q, absmax, table, block, N * K, like.dtype, out=buffer).view(N, K)

@@ -108,7 +108,8 @@ def _train(a: Namespace) -> None:
     else:
         held = f", validation {last['eval_loss']:.4f}" if "eval_loss" in last else ""
         print(
-            f"{run.steps} steps, {run.tokens:,} tokens, {run.tokens_per_second:,.0f} tokens/s, loss {last['loss']:.4f}{held}"
+            f"{run.steps} steps, {run.tokens:,} tokens, {run.tokens_per_second:,.0f} tokens/s, "
+            f"loss {last['loss']:.4f}{held}"
         )
         print(f"adapter, log and report: {a.out}")
 
@@ -221,7 +222,8 @@ def _merge(a: Namespace) -> None:
     ids = torch.tensor([tokenizer.encode(PROBE)], device=model.model.norm.weight.device)
     with torch.no_grad():
         want = model(ids).float()
-        lora.save_pretrained(lora.merge(model), tokenizer, a.out)
+        lora.merge(model)
+        lora.save_pretrained(model, tokenizer, a.out)
         written, _ = lora.load(a.out, **_dtype_device(a))
         drift = (written(ids).float() - want).abs().max().item()
     base = f"the {a.quantize} base" if a.quantize else "the dense base"

@@ -46,13 +46,17 @@ class Adapter(nn.Module):
 class Adapted(nn.Module):
     """What the three layers share: a base, named adapters, which of them are active, an off switch."""
 
+    base: Any  # a module that maps x to y
+    adapters: Any  # nn.ModuleDict of name -> Adapter, or -> a whole module
+    merged: Any  # the plain module that base and active adapters make, while merged
+
     def __init__(self, base: nn.Module) -> None:
         super().__init__()
         self.base = base
         self.adapters = nn.ModuleDict()
         self.active: tuple[str, ...] = ()
         self.off = False
-        self.merged: nn.Module | None = None
+        self.merged = None
 
     def on(self) -> list[Any]:
         """The adapters that take part in a forward now."""
@@ -145,7 +149,7 @@ class TrainedModule(Adapted):
         return on[-1](x.to(p.dtype), *args, **kwargs).to(dtype)  # the copy is float32 beside a 16-bit base
 
 
-def linear_shape(layer: nn.Module) -> tuple[int, int]:
+def linear_shape(layer: Any) -> tuple[int, int]:
     """(out, in) of the function that a linear layer computes, whatever its weight looks like."""
     if is_conv1d(layer):
         n_in, n_out = layer.weight.shape
@@ -162,7 +166,7 @@ def is_linear(layer: nn.Module) -> bool:
     return is_conv1d(layer) or (known and type(layer).__name__ != "NonDynamicallyQuantizableLinear")
 
 
-def layer_device(layer: nn.Module) -> torch.device:
+def layer_device(layer: Any) -> torch.device:
     return layer.weight.device
 
 

@@ -3,6 +3,7 @@
 import difflib
 import fnmatch
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from torch import nn
 
@@ -67,8 +68,8 @@ def output_head(model: nn.Module) -> str | None:
     It is what a transformers model names in get_output_embeddings, or the linear layer that shares its weight
     with an embedding, or one with as many outputs as an embedding has rows.
     """
-    modules = {name: m.base if isinstance(m, Adapted) else m for name, m in candidates(model).items()}
-    ask = getattr(model, "get_output_embeddings", None)
+    modules: dict[str, Any] = {name: m.base if isinstance(m, Adapted) else m for name, m in candidates(model).items()}
+    ask: Any = getattr(model, "get_output_embeddings", None)
     try:
         head = ask() if callable(ask) else None
     except NotImplementedError:  # transformers' answer for a model without one
@@ -76,7 +77,7 @@ def output_head(model: nn.Module) -> str | None:
     if isinstance(head, Adapted):
         head = head.base
     tables = [m for m in modules.values() if isinstance(m, nn.Embedding)]
-    linears = [(name, m) for name, m in modules.items() if is_linear(m)]
+    linears: list[tuple[str, Any]] = [(name, m) for name, m in modules.items() if is_linear(m)]
     for name, m in linears:
         if m is head:
             return name

@@ -11,6 +11,7 @@ learned up to and with its first stop token; padding and what the template adds 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,8 +53,15 @@ class Batch:
         return int(self.real.sum())
 
     def to(self, device: torch.device) -> "Batch":
-        moved = (t.to(device) for t in (self.ids, self.real, self.at, self.target, self.owner))
-        return Batch(*moved, rows=self.rows)
+        ids, real, at, target, owner = (t.to(device) for t in (self.ids, self.real, self.at, self.target, self.owner))
+        return Batch(ids, real, at, target, owner, self.rows)
+
+
+def length_limit(model: Any, asked: int | None = None) -> int:
+    """The longest row in tokens: what was asked, else what the model (ours or transformers') was built for."""
+    config = model.config
+    own: int = getattr(config, "max_length", None) or getattr(config, "max_position_embeddings", 2**31)
+    return asked or own
 
 
 def render(rows: Sequence[Row], tokenizer: Tokenizer, max_length: int) -> list[Example]:
@@ -82,7 +90,7 @@ def _pair(row: Row, tokenizer: Tokenizer) -> tuple[list[int], list[bool]]:
     prompt = tokenizer.encode(row["prompt"])
     whole = tokenizer.encode(row["prompt"] + row["completion"])
     if whole[: len(prompt)] != prompt or len(whole) == len(prompt):
-        whole = prompt + tokenizer.encode(row["completion"], special=False)
+        whole = prompt + tokenizer.encode_on(row["completion"])
     if tokenizer.eos is not None and whole[-1] != tokenizer.eos:
         whole.append(tokenizer.eos)
     return whole, [i >= len(prompt) for i in range(len(whole))]

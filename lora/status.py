@@ -1,6 +1,7 @@
 """status: the receipt. What is adapted, how, and what would train."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -82,7 +83,8 @@ class Status:
 
 def status(model: nn.Module) -> Status:
     """The receipt of a model, wrapped or not."""
-    rows, merged, active = [], False, {}
+    rows: list[Row] = []
+    merged, active = False, dict[str, None]()
     for name, layer in adapted(model):
         merged |= layer.merged is not None
         active |= dict.fromkeys(layer.active)
@@ -106,7 +108,7 @@ def status(model: nn.Module) -> Status:
 
 
 def _row(name: str, layer: Adapted, adapter: str) -> Row:
-    part = layer.adapters[adapter]
+    part: Any = layer.adapters[adapter]
     whole = isinstance(layer, TrainedModule)
     p = next(iter(part.parameters()))
     base = layer.base

@@ -66,7 +66,7 @@ def save(model: nn.Module, directory: str | Path, name: str | None = None, *, ba
 
 
 def _tensors(layers: Mapping[str, Adapted], name: str) -> dict[str, Tensor]:
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for path, layer in layers.items():
         part = layer.adapters[name]
         if isinstance(layer, TrainedModule):
@@ -262,7 +262,7 @@ def _check_places(
         table = isinstance(module, nn.Embedding | LoRAEmbedding)
         if not table and not is_linear(module):
             raise ValueError(f"{directory}: {path} is {type(module).__name__} here, neither linear nor an embedding")
-        layer = module.base if isinstance(module, Adapted) else module
+        layer: Any = module.base if isinstance(module, Adapted) else module
         n_out, n_in = tuple(layer.weight.shape)[::-1] if table else linear_shape(layer)
         a, b = factors["a"], factors["b"]
         if (a.shape[1], b.shape[0]) != (n_in, n_out) or a.shape[0] != b.shape[1]:

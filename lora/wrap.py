@@ -4,7 +4,7 @@ wrap      add a named adapter          detach    take one away, and the wrapping
 activate  choose which take part       disabled  none of them, for the length of a `with`
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -104,26 +104,29 @@ def add_adapter(
     if not layers:
         model.requires_grad_(False)  # the base; later adapters leave earlier ones as trainable as they were
     made: dict[int, Adapted] = {}  # a module used in two places keeps one adapter for both
-    kinds: list[tuple[str, type[Adapted], Callable[[Any], None]]] = []
-    for target, (r, scale) in plan.items():
-        kind = LoRAEmbedding if isinstance(modules[target], nn.Embedding | LoRAEmbedding) else LoRALinear
-        kinds.append((target, kind, lambda layer, r=r, scale=scale: layer.add(name, r, scale, config.dropout)))
-    kinds += [(target, TrainedModule, lambda layer: layer.add(name)) for target in whole]
-    for target, kind, add in kinds:
+    for target in (*plan, *whole):
+        kind = TrainedModule if target not in plan else _kind(modules[target])
         module = modules[target]
         if id(module) not in made:
-            layer = module if isinstance(module, Adapted) else kind(module).train(module.training)
+            layer: Any = module if isinstance(module, Adapted) else kind(module).train(module.training)
             if not isinstance(layer, kind):
                 raise ValueError(
                     f"{target!r} already carries {type(layer).__name__}; it cannot also be {kind.__name__}"
                 )
-            add(layer)
+            if isinstance(layer, TrainedModule):
+                layer.add(name)
+            else:
+                layer.add(name, *plan[target], config.dropout)
             layer.adapters.train(module.training)
             made[id(module)] = layer
         if made[id(module)] is not module:
             parent, _, child = target.rpartition(".")
             setattr(model.get_submodule(parent), child, made[id(module)])
     activate(model, name)
+
+
+def _kind(module: nn.Module) -> type[Adapted]:
+    return LoRAEmbedding if isinstance(module, nn.Embedding | LoRAEmbedding) else LoRALinear
 
 
 def adapter_names(model: nn.Module) -> list[str]:

@@ -21,12 +21,17 @@ class Linear4bit(nn.Module):
     `.to(dtype)`, `.half()` and `.bfloat16()` cast the bias and leave every scale as it is.
     """
 
+    weight: Tensor
+    code: Tensor
+    table: Tensor
+    bias: Tensor | None
+
     def __init__(self, packed: Packed, bias: Tensor | None = None) -> None:
         super().__init__()
         if len(packed.shape) != 2:
             raise ValueError(f"a linear layer needs a matrix, and this weight has shape {packed.shape}")
         self.out_features, self.in_features = packed.shape
-        self.kind, self.block, self.double = packed.kind, packed.block, packed.double
+        self.kind, self.block, self.nested = packed.kind, packed.block, packed.double
         self.register_buffer("weight", packed.q)
         self.register_buffer("code", packed.code, persistent=False)
         self.register_buffer("table", byte_table(packed.code), persistent=False)  # of `code`, made once
@@ -36,7 +41,7 @@ class Linear4bit(nn.Module):
 
     def packed(self) -> Packed:
         """The weight as bytes and scales (the same memory)."""
-        scales = tuple(getattr(self, name) for name in (_SCALES if self.double else _SCALES[:1]))
+        scales = tuple(getattr(self, name) for name in (_SCALES if self.nested else _SCALES[:1]))
         return Packed(self.kind, (self.out_features, self.in_features), self.block, self.weight, self.code, scales)
 
     def weight_as(self, dtype: torch.dtype) -> Tensor:
@@ -45,7 +50,7 @@ class Linear4bit(nn.Module):
 
     def forward(self, x: Tensor, low: tuple[Tensor, Tensor, float] | None = None) -> Tensor:
         """x (..., K) -> (..., N); `low` is (a (r, K), b (N, r), s) of a low-rank update added in the same pass."""
-        scales = [getattr(self, name) for name in (_SCALES if self.double else _SCALES[:1])]
+        scales = [getattr(self, name) for name in (_SCALES if self.nested else _SCALES[:1])]
         bias = None if self.bias is None else self.bias.to(x.dtype)
         shape = (self.out_features, self.in_features)
         return linear4(x, self.weight.view(-1), self.table, scales, self.block, shape, bias, low)

@@ -41,7 +41,10 @@ class Packed:
 
     def absmax(self) -> Tensor:
         """The block scales, float32 (ceil(n/block),)."""
-        return dequantize_scales(*self.scales) if self.double else self.scales[0]
+        if not self.double:
+            return self.scales[0]
+        q, code, absmax, offset = self.scales
+        return dequantize_scales(q, code, absmax, offset)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight as floats, in its own shape."""

@@ -52,6 +52,8 @@ def test_importing_lora_costs_torch_and_nothing_above() -> None:
     import subprocess
     import sys
 
-    code = "import sys, lora; print([m for m in ('tokenizers', 'rich', 'jsonargparse', 'lora.train') if m in sys.modules])"
+    code = (
+        "import sys, lora; print([m for m in ('tokenizers', 'rich', 'jsonargparse', 'lora.train') if m in sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

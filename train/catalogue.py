@@ -12,16 +12,14 @@ from dataclasses import dataclass
 
 NOISE = 0.10  # of ln price: 10 % up or down is common, 20 % seldom
 
-# category: (price of a standard one, new, with the first word, {word: factor})
+# category: (price of a standard new one, {word: factor})
 CATEGORIES: dict[str, tuple[float, dict[str, float]]] = {
-    "laptop": (900, {"16 GB": 1.0, "32 GB": 1.4}),
-    "phone": (500, {"128 GB": 1.0, "512 GB": 1.4}),
-    "television": (700, {"55 inch": 1.0, "75 inch": 1.8}),
-    "headphones": (90, {"wired": 1.0, "wireless": 1.6}),
-    "office chair": (160, {"mesh": 1.0, "leather": 1.7}),
-    "desk lamp": (35, {"steel": 1.0, "brass": 1.5}),
-    "bicycle": (450, {"steel": 1.0, "carbon": 2.2}),
-    "backpack": (60, {"nylon": 1.0, "leather": 1.8}),
+    "laptop": (480, {"16 GB": 1.0, "32 GB": 1.25}),
+    "phone": (360, {"128 GB": 1.0, "512 GB": 1.25}),
+    "television": (420, {"55 inch": 1.0, "75 inch": 1.25}),
+    "headphones": (250, {"wired": 0.8, "wireless": 1.1}),
+    "office chair": (280, {"mesh": 0.9, "leather": 1.25}),
+    "bicycle": (400, {"steel": 0.9, "carbon": 1.25}),
 }
 TIERS = {"budget": 0.6, "standard": 1.0, "premium": 1.7}
 CONDITIONS = {"new": 1.0, "used": 0.55}

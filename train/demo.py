@@ -72,7 +72,7 @@ def free_name(path: Path) -> Path:
 
 
 def run_demo(
-    out: str | Path | None = None, *, seed: int = 0, rows: int = 1200, held_out: int = 150, progress: bool = True
+    out: str | Path | None = None, *, seed: int = 0, rows: int = 1000, held_out: int = 120, progress: bool = True
 ) -> Demo:
     """Runs the demo and writes adapter/, log.jsonl, config.yaml and report.html into `out` (default runs/demo)."""
     start = time.perf_counter()
@@ -85,7 +85,7 @@ def run_demo(
     base = evaluate(model, tokenizer, test_rows, METRICS, max_new_tokens=8, batch=32)
     torch.manual_seed(seed)
     wrap(model, r=16, alpha=32)
-    config = TrainConfig(batch=16, epochs=1, lr=1e-3, warmup=0.05, seed=seed, out=str(folder), progress=progress)
+    config = TrainConfig(batch=8, epochs=1, lr=3e-4, warmup=0.05, seed=seed, out=str(folder), progress=progress)
     run = fit(model, tokenizer, [p.row for p in train], config=config)
     tuned = evaluate(model, tokenizer, test_rows, METRICS, max_new_tokens=8, batch=32)
     comparison = compare(base, tuned)

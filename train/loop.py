@@ -25,7 +25,7 @@ from lora.layer import adapted
 from lora.models.llama import Llama
 from lora.models.save import save_pretrained
 from lora.models.tokenizer import Tokenizer
-from lora.render import Example, collate, render
+from lora.render import Example, collate, length_limit, render
 from lora.rows import Data, read_rows
 from lora.store import save
 from lora.train.batches import endless, steps_per_epoch
@@ -77,7 +77,7 @@ def fit(
             "nothing to train: no parameter requires a gradient; call lora.wrap(model) for an adapter, "
             "lora.attach(..., trainable=True) to go on with one, or model.requires_grad_(True) for full fine-tuning"
         )
-    limit = config.max_length or getattr(model.config, "max_length", None) or model.config.max_position_embeddings
+    limit = length_limit(model, config.max_length)
     examples = render(read_rows(train), tokenizer, limit)
     held_out = render(read_rows(valid), tokenizer, limit) if valid is not None else []
     per_epoch = steps_per_epoch(len(examples), config.batch, config.accumulate)

@@ -5,7 +5,7 @@ prompt's own first token, so that a row gives the same tokens alone and in a bat
 """
 
 from collections.abc import Sequence
-from typing import Any, overload
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,16 +16,10 @@ from lora.models.tokenizer import Tokenizer
 Prompt = str | Sequence[dict[str, Any]]
 
 
-@overload
-def generate(model: nn.Module, tokenizer: Tokenizer, prompts: str, max_new_tokens: int = 64, **options: Any) -> str: ...
-@overload
-def generate(
-    model: nn.Module, tokenizer: Tokenizer, prompts: Sequence[Any], max_new_tokens: int = 64, **options: Any
-) -> list[str]: ...
 def generate(
     model: nn.Module,
     tokenizer: Tokenizer,
-    prompts: str | Sequence[Any],
+    prompts: Any,
     max_new_tokens: int = 64,
     temperature: float = 0.0,
     *,
@@ -34,8 +28,8 @@ def generate(
     seed: int | None = None,
     stop: Sequence[int] = (),
     batch: int = 32,
-) -> str | list[str]:
-    """The continuation of each prompt, without the prompt and without stop tokens.
+) -> Any:
+    """The continuation of each prompt, without the prompt and without stop tokens: a text for a text, else a list.
 
     Args:
         prompts: a text, or a list whose items are texts or chats ([{"role": ..., "content": ...}, ...])

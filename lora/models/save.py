@@ -110,7 +110,7 @@ def _quantization_config(layer: Linear4bit, dtype: torch.dtype) -> dict:
         "load_in_4bit": True,
         "load_in_8bit": False,
         "bnb_4bit_quant_type": layer.kind,
-        "bnb_4bit_use_double_quant": layer.double,
+        "bnb_4bit_use_double_quant": layer.nested,
         "bnb_4bit_compute_dtype": str(dtype).removeprefix("torch."),
         "bnb_4bit_quant_storage": "uint8",
         "llm_int8_skip_modules": ["lm_head"],

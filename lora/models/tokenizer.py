@@ -62,6 +62,16 @@ class Tokenizer:
         ids = self.backend.encode(text, add_special_tokens=False).ids
         return [self.bos, *ids] if special and self.add_bos and self.bos is not None else ids
 
+    def encode_on(self, text: str) -> list[int]:
+        """ids of `text` as the continuation of another, without the space that some tokenizers put before a text."""
+        first = self.backend.encode("a", add_special_tokens=False).tokens[:1]
+        if first and first[0].startswith("\u2581"):
+            line = self.encode("\n", special=False)
+            both = self.encode("\n" + text, special=False)
+            if both[: len(line)] == line:
+                return both[len(line) :]
+        return self.encode(text, special=False)
+
     def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """ids of a rendered chat, specials only where the text has them, and each one's characters (start, end)."""
         encoding = self.backend.encode(text, add_special_tokens=False)
