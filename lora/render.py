@@ -60,8 +60,10 @@ class Batch:
 def length_limit(model: Any, asked: int | None = None) -> int:
     """The longest row in tokens: what was asked, else what the model (ours or transformers') was built for."""
     config = model.config
-    own: int = getattr(config, "max_length", None) or getattr(config, "max_position_embeddings", 2**31)
-    return asked or own
+    for limit in (asked, getattr(config, "max_length", None), getattr(config, "max_position_embeddings", None)):
+        if limit:
+            return limit
+    return 2**31
 
 
 def render(rows: Sequence[Row], tokenizer: Tokenizer, max_length: int) -> list[Example]:

@@ -7,7 +7,24 @@ from torch import Tensor
 
 from lora.quant.codebook import codebook, dynamic_map, fp4, nf4
 
-NF4_WORDS = ["bf800000", "bf3239b1", "bf066b30", "beca32a0", "be91a24d", "be3d353f", "bdba7871", "00000000", "3da2faff", "3e24cae3", "3e7c04dd", "3ead033a", "3ee1a4b8", "3f1007ab", "3f3913b3", "3f800000"]
+NF4_WORDS = [
+    "bf800000",
+    "bf3239b1",
+    "bf066b30",
+    "beca32a0",
+    "be91a24d",
+    "be3d353f",
+    "bdba7871",
+    "00000000",
+    "3da2faff",
+    "3e24cae3",
+    "3e7c04dd",
+    "3ead033a",
+    "3ee1a4b8",
+    "3f1007ab",
+    "3f3913b3",
+    "3f800000",
+]
 FP4_WORDS = ["00000000", "3baaaaab", "3f2aaaab", "3f800000", "3eaaaaab", "3f000000", "3e2aaaab", "3e800000"]
 NF4_THRESHOLDS = [
     *(-0.8480964, -0.61063293, -0.45999527, -0.33967943, -0.23460741, -0.13791173, -0.045525018, 0.03979015),
@@ -31,7 +48,7 @@ def test_fp4_has_the_published_words_in_code_order() -> None:
 def test_nf4_thresholds_are_the_midpoints() -> None:
     code = nf4()
     # the published figures carry eight decimals
-    torch.testing.assert_close((code[:-1] + code[1:]) / 2, torch.tensor(NF4_THRESHOLDS), rtol=1e-7, atol=5e-9)
+    torch.testing.assert_close((code[:-1] + code[1:]) / 2, torch.tensor(NF4_THRESHOLDS), rtol=2e-7, atol=5e-9)
 
 
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])

@@ -116,7 +116,9 @@ def test_the_gradient_norm_is_that_of_plain_torch_before_clipping(stories: Path)
     for e in render(rows(), tokenizer, 512):
         ids = torch.tensor(e.ids)
         learned = torch.tensor(e.learned)[1:]
-        total = total + nn.functional.cross_entropy(model(ids[None])[0, :-1][learned], ids[1:][learned], reduction="sum")
+        total = total + nn.functional.cross_entropy(
+            model(ids[None])[0, :-1][learned], ids[1:][learned], reduction="sum"
+        )
         n += int(learned.sum())
     (total / n).backward()
     norm = torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm()

@@ -199,7 +199,9 @@ class Block(nn.Module):
 class Decoder(nn.Module):
     def __init__(self, c: LlamaConfig) -> None:
         super().__init__()
-        self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
+        # nn.Embedding would draw normal numbers, which on the meta device imports 150 MB of torch's compiler
+        table = torch.empty(c.vocab_size, c.hidden_size)
+        self.embed_tokens = nn.Embedding.from_pretrained(table if table.is_meta else table.normal_(), freeze=False)
         self.layers = nn.ModuleList(Block(c) for _ in range(c.num_layers))
         self.norm = RMSNorm(c.hidden_size, c.eps)
 

@@ -124,7 +124,7 @@ def _safetensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
             with safe_open(path, framework="pt") as f:
                 for name in f.keys():  # noqa: SIM118  (not a dict)
                     if files is None or files.get(name) == path:
-                        yield name, f.get_tensor(name)
+                        yield name, f.get_tensor(name).clone()  # out of the memory map, which closes with the file
         except SafetensorError as e:
             raise ValueError(f"{path} is damaged or cut short ({e})") from None
 
@@ -167,7 +167,7 @@ def _fill(
         layer = model.get_submodule(owner)
         dense = not isinstance(layer, nn.Linear) or is_skipped(owner, skip) or leaf != "weight"
         if quantize is None or dense:
-            value = nn.Parameter(tensor.to(device=device, dtype=dtype, copy=True), requires_grad=False)
+            value = nn.Parameter(tensor.to(device=device, dtype=dtype), requires_grad=False)
             layer._parameters[leaf] = value
         else:
             _place(model, owner, quantize_tensor(tensor.to(device), quantize, block, double, name=name))
