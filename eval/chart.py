@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-W, H, LEFT, RIGHT, TOP, BOTTOM = 640, 360, 64, 16, 16, 48
+W, H, LEFT, RIGHT, TOP, BOTTOM = 640, 380, 64, 16, 36, 48
 Point = tuple[float, float]
 
 
@@ -109,8 +109,8 @@ def _frame(
     ]
     grid += [f'<text x="{x.place(t):.1f}" y="{H - BOTTOM + 18}" text-anchor="middle">{show(t)}</text>' for t in x.ticks]
     names = "".join(
-        f'<circle cx="{W - RIGHT - 150}" cy="{TOP + 10 + 18 * i}" r="5" fill="{colour}"/>'
-        f'<text x="{W - RIGHT - 138}" y="{TOP + 14 + 18 * i}">{html.escape(name)}</text>'
+        f'<circle cx="{LEFT + 8 + 170 * i}" cy="14" r="5" fill="{colour}"/>'
+        f'<text x="{LEFT + 20 + 170 * i}" y="18">{html.escape(name)}</text>'
         for i, (name, colour) in enumerate(legend)
     )
     return (

@@ -59,6 +59,7 @@ def unmerge(model: nn.Module) -> nn.Module:
         raise RuntimeError("this model is not merged")
     for _, layer in adapted(model):
         layer.merged = None
+        layer.train(model.training)  # merging had put it into eval mode
     return model
 
 

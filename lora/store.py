@@ -97,8 +97,8 @@ def _config(model: nn.Module, layers: Mapping[str, Adapted], name: str, base: st
         "lora_alpha": alpha,
         "lora_dropout": max(dropouts, default=0.0),
         "target_modules": target_suffixes(model, list(low_rank)),
-        "rank_pattern": {path: part.r for path, part in low_rank.items() if part.r != r},
-        "alpha_pattern": {path: a for path, a in alphas.items() if a != alpha},
+        "rank_pattern": {_pattern_key(path, model): part.r for path, part in low_rank.items() if part.r != r},
+        "alpha_pattern": {_pattern_key(path, model): a for path, a in alphas.items() if a != alpha},
         "use_rslora": False,
         "use_dora": False,
         "modules_to_save": sorted({_suffix(path, model) for path in whole}) or None,
@@ -114,6 +114,12 @@ def _plain(x: float) -> float | int:
     return round(x) if abs(x - round(x)) < 1e-9 * max(1.0, abs(x)) else x
 
 
+def _pattern_key(path: str, model: nn.Module) -> str:
+    """A key of rank_pattern or alpha_pattern that means `path` alone; peft takes it as a regex on the name's end."""
+    also = any(name.endswith("." + path) for name in candidates(model))
+    return f"^{re.escape(path)}" if also else path
+
+
 def _suffix(path: str, model: nn.Module) -> str:
     """The shortest last part of a module's name that means this module alone, as peft matches (by ending)."""
     parts = path.split(".")
@@ -125,13 +131,20 @@ def _suffix(path: str, model: nn.Module) -> str:
     return path
 
 
-def target_suffixes(model: nn.Module, paths: Sequence[str]) -> list[str]:
-    """The shortest list of last parts that means exactly `paths` under peft's rule, else the full names."""
-    short = sorted({path.rpartition(".")[2] for path in paths})
+def target_suffixes(model: nn.Module, paths: Sequence[str]) -> list[str] | str:
+    """The shortest list of last parts that means exactly `paths` under peft's rule, else the full names.
+
+    Where a full name is also the end of another, the list would mean both; then a regex, which peft matches whole.
+    """
     modules = candidates(model)
-    fit = [n for n, m in modules.items() if is_linear(m) or isinstance(m, nn.Embedding | LoRAEmbedding)]
-    meant = {n for n in modules if any(n == s or n.endswith("." + s) for s in short)}
-    return short if meant & set(fit) == set(paths) and meant <= set(fit) else sorted(paths)
+
+    def exact(ends: Sequence[str]) -> bool:
+        return {n for n in modules if any(n == s or n.endswith("." + s) for s in ends)} == set(paths)
+
+    short = sorted({path.rpartition(".")[2] for path in paths})
+    if exact(short):
+        return short
+    return sorted(paths) if exact(paths) else "|".join(re.escape(path) for path in sorted(paths))
 
 
 # ---- attach ----

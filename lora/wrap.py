@@ -53,9 +53,12 @@ def wrap(
         )
     plan = find_targets(model, config)
     whole = select(candidates(model), config.train_modules, "train_modules") if config.train_modules else []
-    both = sorted(set(plan) & set(whole))
-    if both:
-        raise ValueError(f"{both[0]!r} is named in targets and in train_modules; a module takes one of the two")
+    inside = [n for n in plan if any(n == w or n.startswith(w + ".") for w in whole)]
+    if inside and config.targets == "all-linear":
+        plan = {n: v for n, v in plan.items() if n not in inside}
+    elif inside:
+        outer = next(w for w in whole if inside[0] == w or inside[0].startswith(w + "."))
+        raise ValueError(f"targets means {inside[0]!r}, which train_modules trains whole as {outer!r}; leave one out")
     add_adapter(model, name, config, plan, whole)
     return model
 
@@ -101,6 +104,10 @@ def add_adapter(
     modules = candidates(model)
     if isinstance(model, Adapted) or not modules:
         raise TypeError(f"{type(model).__name__} is itself a layer, which cannot replace itself; put it into a module")
+    for target in (*plan, *whole):
+        module, kind = modules[target], TrainedModule if target not in plan else _kind(modules[target])
+        if isinstance(module, Adapted) and not isinstance(module, kind):
+            raise ValueError(f"{target!r} already carries {type(module).__name__}; it cannot also be {kind.__name__}")
     if not layers:
         model.requires_grad_(False)  # the base; later adapters leave earlier ones as trainable as they were
     made: dict[int, Adapted] = {}  # a module used in two places keeps one adapter for both
@@ -109,10 +116,6 @@ def add_adapter(
         module = modules[target]
         if id(module) not in made:
             layer: Any = module if isinstance(module, Adapted) else kind(module).train(module.training)
-            if not isinstance(layer, kind):
-                raise ValueError(
-                    f"{target!r} already carries {type(layer).__name__}; it cannot also be {kind.__name__}"
-                )
             if isinstance(layer, TrainedModule):
                 layer.add(name)
             else:

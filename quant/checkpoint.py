@@ -54,6 +54,11 @@ def from_tensors(name: str, tensors: dict[str, Tensor]) -> Packed:
     key = next((k for k in tensors if k.startswith(name + STATE)), None)
     if key is None:
         raise ValueError(f"{name} has no tensor {name}{STATE}nf4 or ...fp4, so its shape and code are unknown")
+    nested = f"{name}.nested_absmax" in tensors
+    need = [name, f"{name}.absmax", f"{name}.quant_map", *([f"{name}.nested_quant_map"] if nested else [])]
+    missing = [k for k in need if k not in tensors]
+    if missing:
+        raise ValueError(f"{name} is incomplete: the file lacks {', '.join(missing)}")
     try:
         state = json.loads(bytes(tensors[key].cpu().tolist()))
         kind, block, shape = state["quant_type"], int(state["blocksize"]), tuple(int(n) for n in state["shape"])
@@ -70,8 +75,15 @@ def from_tensors(name: str, tensors: dict[str, Tensor]) -> Packed:
     got = {"bytes": q.numel(), "scales": absmax.numel()}
     if want != got:
         raise ValueError(f"{name} of shape {shape} and block {block} needs {want}, and the file has {got}")
+    if nested != (absmax.dtype == torch.uint8):
+        raise ValueError(f"{name}.absmax is {absmax.dtype}: bytes go with nested_absmax, floats stand alone")
     scales: tuple[Tensor, ...] = (absmax.float(),)
-    if f"{name}.nested_absmax" in tensors:
+    if nested:
+        if "nested_offset" not in state or "nested_blocksize" not in state:
+            raise ValueError(f"{key} lacks nested_offset or nested_blocksize, and {name} is doubly quantized")
+        blocks, want_blocks = tensors[f"{name}.nested_absmax"].numel(), -(-absmax.numel() // BLOCK)
+        if blocks != want_blocks:
+            raise ValueError(f"{name}.nested_absmax has {blocks} scales, and {absmax.numel()} bytes need {want_blocks}")
         nested_map = tensors[f"{name}.nested_quant_map"].float()
         if not torch.equal(nested_map.cpu(), dynamic_map()) or int(state["nested_blocksize"]) != BLOCK:
             raise ValueError(f"{name}: its scales were quantized by another map or block than 256 dynamic levels")

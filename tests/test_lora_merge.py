@@ -222,3 +222,9 @@ def test_a_broken_adapter_is_refused_and_the_model_unchanged(case: str, unload: 
     after = copied(model)
     assert all(torch.equal(after[k].nan_to_num(9.0), state[k].nan_to_num(9.0)) for k in state)
     assert after.keys() == state.keys() and model.training == training and not lora.status(model).merged
+
+
+def test_unmerge_gives_back_the_mode_too() -> None:
+    model = lora.wrap(Plain().train(), r=2, dropout=0.5)
+    lora.unmerge(lora.merge(model))
+    assert all(m.training for m in model.modules())

@@ -346,3 +346,29 @@ def test_a_model_without_adapter_is_not_saved(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no adapter to save"):
         lora.save(llama(), tmp_path / "a")
     assert not any(tmp_path.iterdir())
+
+
+# ---- names that end alike ----
+class Alike(nn.Module):
+    """`up` is also the last part of `body.up`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.body = nn.Linear(8, 8), nn.ModuleDict({"up": nn.Linear(8, 8), "down": nn.Linear(8, 8)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body["down"](self.body["up"](self.up(x)))
+
+
+def test_the_scale_of_one_layer_does_not_reach_another_whose_name_ends_alike(tmp_path: Path) -> None:
+    model, twin, x = Alike(), Alike(), torch.randn(3, 8)
+    twin.load_state_dict(model.state_dict())
+    lora.wrap(model, targets=["*"], r=4, alpha=8.0)
+    model.up.adapters["default"].scale = 5.0
+    lora.attach(twin, lora.save(shake(model), tmp_path / "a"))
+    assert torch.equal(twin(x), model(x))
+
+
+def test_an_adapter_on_one_of_two_layers_whose_names_end_alike_comes_back(tmp_path: Path) -> None:
+    model = lora.wrap(Alike(), exclude=["body.*"], r=2)
+    lora.attach(Alike(), lora.save(model, tmp_path / "a"))

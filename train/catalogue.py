@@ -14,15 +14,15 @@ NOISE = 0.10  # of ln price: 10 % up or down is common, 20 % seldom
 
 # category: (price of a standard new one, {word: factor})
 CATEGORIES: dict[str, tuple[float, dict[str, float]]] = {
-    "laptop": (480, {"16 GB": 1.0, "32 GB": 1.25}),
-    "phone": (360, {"128 GB": 1.0, "512 GB": 1.25}),
+    "laptop": (440, {"16 GB": 1.0, "32 GB": 1.25}),
+    "phone": (380, {"128 GB": 1.0, "512 GB": 1.25}),
     "television": (420, {"55 inch": 1.0, "75 inch": 1.25}),
-    "headphones": (250, {"wired": 0.8, "wireless": 1.1}),
-    "office chair": (280, {"mesh": 0.9, "leather": 1.25}),
+    "headphones": (330, {"wired": 0.85, "wireless": 1.1}),
+    "office chair": (300, {"mesh": 1.0, "leather": 1.25}),
     "bicycle": (400, {"steel": 0.9, "carbon": 1.25}),
 }
-TIERS = {"budget": 0.6, "standard": 1.0, "premium": 1.7}
-CONDITIONS = {"new": 1.0, "used": 0.55}
+TIERS = {"budget": 0.7, "standard": 1.0, "premium": 1.5}
+CONDITIONS = {"new": 1.0, "used": 0.6}
 
 
 @dataclass(frozen=True)
