@@ -65,7 +65,8 @@ def scatter_chart(series: Sequence[tuple[str, str, Sequence[Point]]], x_name: st
     values = [max(v, 1.0) for *_, ps in series for p in ps for v in p]
     truths = [p[0] for *_, ps in series for p in ps]
     # a wild guess must not squeeze the rest: the axis ends a factor 10 past the truths, and marks stop at its edge
-    low, high = max(1.0, min(truths) / 10), min(max(values), max(truths) * 10)
+    low = max(1.0, min(truths) / 10)
+    high = max(10 * low, min(max(values), max(truths) * 10))
     x, y = log_axis(low, high, LEFT, W - RIGHT), log_axis(low, high, H - BOTTOM, TOP)
     marks = [
         f'<line x1="{x.place(low):.1f}" y1="{y.place(low):.1f}" x2="{x.place(high):.1f}" y2="{y.place(high):.1f}" '

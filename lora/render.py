@@ -113,15 +113,19 @@ def _chat(row: Row, tokenizer: Tokenizer, number: int) -> tuple[list[int], list[
                 "or followed by others, so what to learn cannot be told; split the chat so that this turn is its last"
             )
         spans.append((len(before), len(after)))
-    ids, offsets = tokenizer.encode_with_offsets(text)
-    learned = [False] * len(ids)
+    # cut where an answer begins, as generation cuts: what it was asked is encoded apart from what it says
+    ids: list[int] = []
+    learned: list[bool] = []
+    done = 0
     for start, end in spans:
-        for k, (a, b) in enumerate(offsets):
-            if start <= a and b <= end and a < b:
-                learned[k] = True
-                if ids[k] in tokenizer.stop:
-                    break
-    return ids, learned
+        asked = tokenizer.encode_on(text[done:start]) if done else tokenizer.encode(text[:start], special=False)
+        said = tokenizer.encode_on(text[start:end])
+        stop = next((k for k, t in enumerate(said) if t in tokenizer.stop), len(said) - 1)
+        ids += asked + said
+        learned += [False] * len(asked) + [k <= stop for k in range(len(said))]
+        done = end
+    rest = tokenizer.encode_on(text[done:])
+    return ids + rest, learned + [False] * len(rest)
 
 
 def collate(examples: Sequence[Example], pad: int = 0) -> Batch:

@@ -25,12 +25,14 @@ def read_rows(data: Data) -> list[Row]:
         if not path.is_file():
             raise FileNotFoundError(f"{path} is not there; data is a .jsonl file, one row a line")
         rows, source = [], str(path)
-        with path.open(encoding="utf-8") as f:
+        with path.open("rb") as f:
             for n, line in enumerate(f, start=1):
                 if not line.strip():
                     continue
                 try:
-                    rows.append((f"{path} line {n}", json.loads(line)))
+                    rows.append((f"{path} line {n}", json.loads(line.decode("utf-8"))))
+                except UnicodeDecodeError as e:
+                    raise ValueError(f"{path} line {n} is not UTF-8 text ({e.reason} at byte {e.start})") from None
                 except ValueError as e:
                     raise ValueError(f"{path} line {n} is not valid JSON ({e})") from None
     else:

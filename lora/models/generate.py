@@ -56,7 +56,9 @@ def prompt_ids(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
     """Token ids of a text, or of a chat that waits for its answer."""
     if isinstance(prompt, str):
         return tokenizer.encode(prompt)
-    return tokenizer.encode_with_offsets(tokenizer.render(prompt, prompt=True))[0]
+    return tokenizer.encode(
+        tokenizer.render(prompt, prompt=True), special=False
+    )  # the template writes its own specials
 
 
 def generate_ids(

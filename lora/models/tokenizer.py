@@ -72,11 +72,6 @@ class Tokenizer:
                 return both[len(line) :]
         return self.encode(text, special=False)
 
-    def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """ids of a rendered chat, specials only where the text has them, and each one's characters (start, end)."""
-        encoding = self.backend.encode(text, add_special_tokens=False)
-        return encoding.ids, encoding.offsets
-
     def decode(self, ids: Sequence[int], *, special: bool = False) -> str:
         """Text of `ids`; special tokens are left out unless asked for."""
         return self.backend.decode(list(ids), skip_special_tokens=not special)
