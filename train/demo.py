@@ -7,6 +7,8 @@ layer, and measured again on held-out rows beside a constant and the best possib
 import importlib.metadata
 import os
 import shlex
+import shutil
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -107,7 +109,9 @@ def run_demo(
 def ask_command(demo: Demo) -> str:
     """The command that asks the tuned model for a price."""
     model = os.path.relpath(find_weights())
-    words = ["lora", "generate", "--model", model, "--quantize", "nf4", "--adapter", str(demo.out / "adapter")]
+    # the venv of `make demo` is seldom on the PATH
+    program = "lora" if shutil.which("lora") else os.path.relpath(Path(sys.executable).with_name("lora"))
+    words = [program, "generate", "--model", model, "--quantize", "nf4", "--adapter", str(demo.out / "adapter")]
     return shlex.join([*words, "--max_new_tokens", "8", "--prompt"]) + f" $'{QUESTION}\\nPrice: $'"
 
 
