@@ -21,7 +21,7 @@ from lora.eval.compare import Comparison, compare
 from lora.eval.evaluate import Report, Result, aggregate, evaluate, statistic
 from lora.eval.report import write_report
 from lora.models.load import load
-from lora.train.catalogue import NOISE, Product, ask, catalogue
+from lora.train.catalogue import NOISE, Product, catalogue
 from lora.train.config import TrainConfig
 from lora.train.log import peak_bytes
 from lora.train.loop import Run, fit
@@ -113,10 +113,6 @@ def ask_command(demo: Demo) -> str:
     program = "lora" if shutil.which("lora") else os.path.relpath(Path(sys.executable).with_name("lora"))
     words = [program, "generate", "--model", model, "--quantize", "nf4", "--adapter", str(demo.out / "adapter")]
     return shlex.join([*words, "--max_new_tokens", "8", "--prompt"]) + f" $'{QUESTION}\\nPrice: $'"
-
-
-def question() -> str:
-    return ask(QUESTION)
 
 
 def _table(base: Report, tuned: Report, train: Sequence[Product], test: Sequence[Product], run: Run) -> tuple:
