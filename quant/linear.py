@@ -6,7 +6,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from lora.kernels.code4 import byte_table, linear4
+from lora.kernels.code4 import byte_table
+from lora.kernels.linear4 import linear4
 from lora.quant.codebook import codebook
 from lora.quant.weight import Packed, check_block, quantize_tensor
 

@@ -6,6 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
+if not torch.cuda.is_available():  # before any kernel is defined: Triton's interpreter stands in for the GPU
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+from lora.kernels import _triton
 from lora.train.demo import find_weights
 
 SHARED = Path(os.environ.get("LORA_SHARED", Path(__file__).parents[2] / "shared"))
@@ -16,6 +20,23 @@ torch.set_num_threads(max(1, (os.cpu_count() or 2) // int(os.environ.get("PYTEST
 def seed() -> None:
     """Every test starts from the same random state."""
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def triton_device(monkeypatch: pytest.MonkeyPatch) -> torch.device:
+    """Makes every kernel run in Triton or fail; where there is no GPU, in Triton's CPU interpreter."""
+    if not _triton.AVAILABLE:
+        pytest.skip("needs Triton")
+    monkeypatch.setenv("LORA_KERNELS", "triton")
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture
+def gpu() -> torch.device:
+    """For what only a GPU can show."""
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA GPU")
+    return torch.device("cuda")
 
 
 @pytest.fixture(scope="session")

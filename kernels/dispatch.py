@@ -1,0 +1,46 @@
+"""Torch or Triton: the only place that chooses.
+
+LORA_KERNELS=auto    (the default) Triton for tensors on a GPU, the torch twin elsewhere
+LORA_KERNELS=torch   the twin everywhere
+LORA_KERNELS=triton  Triton or an error; with TRITON_INTERPRET=1 set before Python starts, Triton's interpreter
+                     runs the kernels on CPU tensors: slow, exact, for tests without a GPU
+"""
+
+import os
+
+import torch
+from torch import Tensor
+
+from lora.kernels import _triton
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton reads it when a kernel is defined, so it is fixed now
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def use_triton(*tensors: Tensor) -> bool:
+    """Whether a Triton kernel takes these tensors.  float64 always goes to the twin: kernels compute in float32.
+
+    Raises ValueError for tensors on several devices, RuntimeError where Triton was insisted on and cannot run.
+    """
+    wish = os.environ.get("LORA_KERNELS", "auto")
+    if wish not in ("auto", "torch", "triton"):
+        raise ValueError(f"LORA_KERNELS={wish!r}: there are 'auto', 'torch' and 'triton'")
+    first = tensors[0].device
+    if any(t.device != first for t in tensors):
+        devices = ", ".join(sorted({str(t.device) for t in tensors}))
+        raise ValueError(f"one operation got tensors on {devices}; move them to one device")
+    wide = any(t.is_floating_point() and t.dtype not in _DTYPES for t in tensors)
+    on_gpu = first.type == "cuda"
+    if wish == "triton":
+        if not _triton.AVAILABLE:
+            raise RuntimeError("LORA_KERNELS=triton, but Triton is not installed: pip install triton")
+        if not (on_gpu or INTERPRETED):
+            raise RuntimeError(
+                f"LORA_KERNELS=triton, but the tensors are on {first}; "
+                "move them to a GPU, or set TRITON_INTERPRET=1 before Python starts"
+            )
+        if wide:
+            dtypes = ", ".join(sorted({str(t.dtype) for t in tensors if t.is_floating_point()}))
+            raise RuntimeError(f"LORA_KERNELS=triton, but the tensors are {dtypes}; kernels take 32 and 16 bits")
+        return True
+    return wish == "auto" and on_gpu and _triton.AVAILABLE and not wide
