@@ -28,11 +28,13 @@ R, ALPHA, LR = 16, 32, 1e-4
 def ours(folder: str) -> Callable[[torch.Tensor], None]:
     import lora
     from lora.eval.nll import token_nll
+    from lora.kernels.scratch import keep_pages
     from lora.render import Batch
     from lora.train.optim import AdamW
 
     model, _ = lora.load(folder, quantize="nf4", dtype="float32")
     lora.wrap(model, r=R, alpha=ALPHA).train()
+    keep_pages()  # as fit does
     optimizer = AdamW(p for p in model.parameters() if p.requires_grad)
 
     def step(ids: torch.Tensor) -> None:

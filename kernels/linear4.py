@@ -1,86 +1,155 @@
-"""The linear layer on a 4-bit weight, which never keeps the weight in floats.
+"""Linear layers on 4-bit weights that never keep the weight in floats; several on one input run as one product.
 
-    y = x Wᵀ + bias + s (x aᵀ) bᵀ          W (N, K) decoded from the bytes of code4.py when used
-    dx = dy W + s (dy b) a      da = s (dy b)ᵀ x      db = s dyᵀ (x aᵀ)      nothing reaches W
+    y_i = x W_iᵀ + bias_i + s_i (x a_iᵀ) b_iᵀ          W_i (N_i, K) decoded from the bytes of code4.py when used
+    dx = Σ dy_i W_i + s_i (dy_i b_i) a_i      da_i = s_i (dy_i b_i)ᵀ x      db_i = s_i dy_iᵀ (x a_iᵀ)
 
-Source: QLoRA, arXiv:2305.14314, section 3.
+The weights of q, k and v (or gate and up) are decoded one under the other, so that one product serves all, and so are
+their factors a.  The low-rank parts are here, and not layers of their own, so that they are added where y and dx lie.
+Source: QLoRA, arXiv:2305.14314, section 3; LoRA, arXiv:2106.09685, section 4.1.
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from lora.kernels import gemm
-from lora.kernels.code4 import dequantize4, dequantize_scales
+from lora.kernels.code4 import dequantize4
 from lora.kernels.scratch import scratch
 
+Low = tuple[Tensor, Tensor, float]  # a (r, K), b (N, r), s
 
-def _unpack(
-    q: Tensor, table: Tensor, scales: Sequence[Tensor], block: int, shape: Sequence[int], like: Tensor
-) -> Tensor:
-    """The weight (N, K) in the dtype of `like`, in the reused buffer: use it before the next call."""
-    absmax = scales[0] if len(scales) == 1 else dequantize_scales(scales[0], scales[1], scales[2], scales[3])
-    buffer = scratch(2 * q.numel(), like.dtype, q.device, "weight")
-    N, K = shape
-    return dequantize4(q, absmax, table, block, N * K, like.dtype, out=buffer).view(N, K)
+
+class Weight4(NamedTuple):
+    """A 4-bit matrix (N, K): what a product needs to know of it."""
+
+    q: Tensor  # bytes, flat
+    scales: tuple[Tensor, ...]  # (absmax,), or nested: (q, code, absmax, offset) of `dequantize_scales`
+    table: Tensor  # byte_table of the code
+    block: int
+    shape: tuple[int, int]
+
+
+def _unpack(weights: Sequence[Weight4], like: Tensor) -> Tensor:
+    """The weights (Σ N, K) in the dtype of `like`, in the reused buffer: use it before the next call."""
+    K = weights[0].shape[1]
+    N = sum(w.shape[0] for w in weights)
+    buffer = scratch(N * K + 1, like.dtype, like.device, "weight")  # + 1: an odd count ends on half a byte
+    start = 0
+    for q, scales, table, block, shape in weights:
+        n = shape[0] * K
+        out = buffer[start:] if start % 2 == 0 else None  # a pair of values is written at a time
+        decoded = dequantize4(q, scales, table, block, n, like.dtype, out=out)
+        if out is None:
+            buffer[start : start + n] = decoded
+        start += n
+    return buffer[: N * K].view(N, K)
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    """(M, N_i) side by side, without a copy where they already lie so."""
+    first, at = parts[0], parts[0].data_ptr()
+    storage = first.untyped_storage().data_ptr()
+    for part in parts:
+        same = part.untyped_storage().data_ptr() == storage and part.stride() == (first.stride(0), 1)
+        if not same or part.data_ptr() != at:
+            return torch.cat(tuple(parts), dim=1)
+        at += part.shape[1] * part.element_size()
+    N = sum(part.shape[1] for part in parts)
+    return first.as_strided((first.shape[0], N), first.stride())
 
 
 class _Linear4(torch.autograd.Function):
-    """y = x Wᵀ + bias + s (x aᵀ) bᵀ.  W is unpacked twice and kept never: that is QLoRA's memory.
-
-    The low-rank part is here, and not a layer of its own, so that its share of dx is added where dx lies.
-    """
+    """Each W is unpacked twice and kept never: that is QLoRA's memory."""
 
     @staticmethod
-    def forward(ctx, x, bias, a, b, s, block, shape, q, table, *scales):
-        ctx.block, ctx.shape, ctx.s = block, shape, s
-        flat = x.reshape(-1, shape[1])  # (..., K) -> (M, K)
-        y = gemm.linear(flat, _unpack(q, table, scales, block, shape, x))
-        if bias is not None:
-            y += bias
+    def forward(ctx, x, weights, scale, *factors):
+        """`factors`: bias, a, b of each weight in turn (None where there is none); `scale`: s of each."""
+        K = weights[0].shape[1]
+        biases, a_s, b_s = factors[::3], factors[1::3], factors[2::3]
+        flat = x.reshape(-1, K)  # (..., K) -> (M, K)
+        y = gemm.linear(flat, _unpack(weights, x))  # (M, Σ N)
+        ys = list(y.split([w.shape[0] for w in weights], dim=1))
+        have = [a for a in a_s if a is not None]
         xa = None
-        if a is not None:
-            xa = gemm.linear(flat, a)  # (M, K) (K, r) -> (M, r)
-            y.addmm_(xa, b.T, alpha=s)  # (M, r) (r, N)
-        ctx.save_for_backward(None if a is None else x, a, b, xa, q, table, *scales)
-        # not .view: the result must be no view, so that a further update can be added to it in place
-        return torch.ops.aten._unsafe_view(y, [*x.shape[:-1], shape[0]])
+        if have:
+            xa = gemm.linear(flat, have[0] if len(have) == 1 else torch.cat(have))  # (M, Σ r)
+        r0 = 0
+        for part, bias, a, b, s in zip(ys, biases, a_s, b_s, scale, strict=True):
+            if bias is not None:
+                part += bias
+            if a is not None:
+                part.addmm_(xa[:, r0 : r0 + a.shape[0]], b.T, alpha=s)  # (M, r) (r, N)
+                r0 += a.shape[0]
+        ctx.still = [(len(w.scales), w.block, w.shape) for w in weights]
+        ctx.scale = scale
+        kept = [t for w in weights for t in (w.q, w.table, *w.scales)]
+        ctx.save_for_backward(x if have else None, xa, *a_s, *b_s, *kept)
+        if len(ys) == 1:
+            # not .view: the result must be no view, so that a further update can be added to it in place
+            return torch.ops.aten._unsafe_view(y, [*x.shape[:-1], y.shape[1]])
+        return tuple(part.view(*x.shape[:-1], part.shape[1]) for part in ys)
 
     @staticmethod
     def backward(ctx, *grads):
-        (dy,) = grads
-        x, a, b, xa, q, table, *scales = ctx.saved_tensors
-        flat = dy.reshape(-1, ctx.shape[0])  # (M, N)
-        dx = dbias = da = db = dxa = None
-        if a is not None:
-            dxa = gemm.matmul(flat, b).mul_(ctx.s)  # (M, N) (N, r) -> (M, r)
-            da = gemm.matmul(dxa.T, x.reshape(-1, ctx.shape[1]))  # (r, M) (M, K)
-            db = (flat.T @ xa).mul_(ctx.s)  # (N, M) (M, r)
+        scale, n = ctx.scale, len(ctx.still)
+        x, xa, *saved = ctx.saved_tensors
+        a_s, b_s, kept = saved[:n], saved[n : 2 * n], iter(saved[2 * n :])
+        weights = []
+        for scales, block, NK in ctx.still:
+            q, table = next(kept), next(kept)
+            weights.append(Weight4(q, tuple(next(kept) for _ in range(scales)), table, block, NK))
+        shape = grads[0].shape[:-1]
+        dys = [dy.reshape(-1, w.shape[0]) for dy, w in zip(grads, weights, strict=True)]  # (M, N)
+        out: list[Tensor | None] = [None, None, None]
+        have = [a for a in a_s if a is not None]
+        dxa = None
+        if have:
+            flat = x.reshape(-1, x.shape[-1])
+            dxa = torch.empty_like(xa)  # (M, Σ r)
+            r0 = 0
+            for dy, a, b, s in zip(dys, a_s, b_s, scale, strict=True):
+                if a is not None:
+                    torch.mul(gemm.matmul(dy, b), s, out=dxa[:, r0 : r0 + a.shape[0]])  # (M, N) (N, r)
+                    r0 += a.shape[0]
+            da = gemm.matmul(dxa.T, flat)  # (Σ r, M) (M, K)
+        r0 = 0
+        for i, (dy, a, s) in enumerate(zip(dys, a_s, scale, strict=True)):
+            out.append(dy.sum(dim=0) if ctx.needs_input_grad[3 + 3 * i] else None)
+            if a is None:
+                out += [None, None]
+                continue
+            r1 = r0 + a.shape[0]
+            out += [da[r0:r1], (dy.T @ xa[:, r0:r1]).mul_(s)]  # (N, M) (M, r)
+            r0 = r1
         if ctx.needs_input_grad[0]:
-            dx = gemm.matmul(flat, _unpack(q, table, scales, ctx.block, ctx.shape, dy))
+            dy = dys[0] if n == 1 else _joined(dys)
+            dx = gemm.matmul(dy, _unpack(weights, dy))  # (M, Σ N) (Σ N, K)
             if dxa is not None:
-                dx.addmm_(dxa, a)
-            dx = dx.view(*dy.shape[:-1], ctx.shape[1])
-        if ctx.needs_input_grad[1]:
-            dbias = flat.sum(dim=0)
-        return dx, dbias, da, db, *(None for _ in range(5 + len(scales)))
+                dx.addmm_(dxa, have[0] if len(have) == 1 else torch.cat(have))  # (M, Σ r) (Σ r, K)
+            out[0] = dx.view(*shape, dx.shape[1])
+        return tuple(out)
 
 
-def linear4(
-    x: Tensor,
-    q: Tensor,
-    table: Tensor,
-    scales: Sequence[Tensor],
-    block: int,
-    shape: Sequence[int],
-    bias: Tensor | None = None,
-    low: tuple[Tensor, Tensor, float] | None = None,
-) -> Tensor:
+def linear4(x: Tensor, weight: Weight4, bias: Tensor | None = None, low: Low | None = None) -> Tensor:
     """x (..., K) through a frozen 4-bit weight (N, K), in the dtype of x; no gradient reaches the weight.
 
-    `scales` is (absmax,), or for double quantization (q, code, absmax, offset) of `dequantize_scales`.
     `low` is (a (r, K), b (N, r), s) of a low-rank update, which does get gradients.
     """
     a, b, s = low or (None, None, 0.0)
-    return _Linear4.apply(x, bias, a, b, s, block, tuple(shape), q, table, *scales)
+    return _Linear4.apply(x, (weight,), (s,), bias, a, b)
+
+
+def linears4(
+    x: Tensor, weights: Sequence[Weight4], biases: Sequence[Tensor | None], lows: Sequence[Low | None]
+) -> tuple[Tensor, ...]:
+    """`linear4` of several weights of one K on the same x: one decode into one buffer, one product.
+
+    The results are the columns of one buffer, so their rows do not lie end to end.
+    """
+    flat: list[Tensor | None] = []
+    for bias, low in zip(biases, lows, strict=True):
+        flat += [bias, *(low[:2] if low else (None, None))]
+    y = _Linear4.apply(x, tuple(weights), tuple(low[2] if low else 0.0 for low in lows), *flat)
+    return y if isinstance(y, tuple) else (y,)

@@ -11,13 +11,14 @@ Source: LoRA, arXiv:2106.09685, section 4.1.
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lora.init import init_embedding, init_linear
+from lora.kernels.linear4 import Low, linears4
 from lora.kernels.lowrank import add_low_rank
 from lora.quant.linear import Linear4bit, is_conv1d
 
@@ -88,21 +89,54 @@ class LoRALinear(Adapted):
     def forward(self, x: Tensor) -> Tensor:
         if self.merged is not None and not self.off:
             return self.merged(x)
+        if isinstance(self.base, Linear4bit):
+            low, rest = self.split(x.dtype)
+            return add_all(self.base(x, low), x, rest, self.training)
+        return add_all(self.base(x), x, self.on(), self.training)
+
+    def split(self, dtype: torch.dtype) -> tuple[Low | None, list[Adapter]]:
+        """The adapter that a 4-bit base adds in its own pass, and those to be added behind it."""
         on = self.on()
-        if on and isinstance(self.base, Linear4bit) and not (self.training and on[0].dropout):
-            first = on.pop(0)
-            y = self.base(x, (first.a.to(x.dtype), first.b.to(x.dtype), first.scale))
-        else:
-            y = self.base(x)
-        for adapter in on:
-            h = nn.functional.dropout(x, adapter.dropout, self.training) if adapter.dropout else x
-            y = add_low_rank(y, h.to(y.dtype), adapter.a.to(y.dtype), adapter.b.to(y.dtype), adapter.scale)
-        return y
+        if not on or (self.training and on[0].dropout):
+            return None, on
+        return (on[0].a.to(dtype), on[0].b.to(dtype), on[0].scale), on[1:]
 
     def delta(self) -> Tensor:
         """What the active adapters add to the weight, in the base's own layout, float32."""
         delta = sum(self.adapters[name].delta() for name in self.active if name in self.adapters)
         return delta.T if is_conv1d(self.base) else delta
+
+
+def add_all(y: Tensor, x: Tensor, adapters: Sequence[Adapter], training: bool) -> Tensor:
+    """y with the updates of `adapters` on x added."""
+    for adapter in adapters:
+        h = nn.functional.dropout(x, adapter.dropout, training) if adapter.dropout else x
+        y = add_low_rank(y, h.to(y.dtype), adapter.a.to(y.dtype), adapter.b.to(y.dtype), adapter.scale)
+    return y
+
+
+def together(x: Tensor, *layers: nn.Module) -> list[Tensor]:
+    """[layer(x) for layer in layers]; where all are 4-bit, as one decode and one product.
+
+    A layer with a hook is called by itself, since a hook sees calls.
+    """
+    bases, lows, rests = [], [], []
+    for layer in layers:
+        wrapped = isinstance(layer, LoRALinear)
+        base = layer.base if wrapped and (layer.merged is None or layer.off) else layer
+        if type(base) is not Linear4bit or is_hooked(layer) or is_hooked(base):
+            return [layer(x) for layer in layers]
+        low, rest = layer.split(x.dtype) if wrapped else (None, [])
+        bases.append(base)
+        lows.append(low)
+        rests.append(rest)
+    ys = linears4(x, [base.weight4() for base in bases], [base.bias_as(x.dtype) for base in bases], lows)
+    return [add_all(y, x, rest, layer.training) for y, rest, layer in zip(ys, rests, layers, strict=True)]
+
+
+def is_hooked(module: nn.Module) -> bool:
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(hooks)
 
 
 class LoRAEmbedding(Adapted):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lora.kernels.code4 import byte_table
-from lora.kernels.linear4 import linear4
+from lora.kernels.linear4 import Low, Weight4, linear4
 from lora.quant.codebook import codebook
 from lora.quant.weight import Packed, check_block, quantize_tensor
 
@@ -49,12 +49,17 @@ class Linear4bit(nn.Module):
         """The decoded weight (N, K), a fresh tensor."""
         return self.packed().dequantize(dtype)
 
-    def forward(self, x: Tensor, low: tuple[Tensor, Tensor, float] | None = None) -> Tensor:
+    def forward(self, x: Tensor, low: Low | None = None) -> Tensor:
         """x (..., K) -> (..., N); `low` is (a (r, K), b (N, r), s) of a low-rank update added in the same pass."""
-        scales = [getattr(self, name) for name in (_SCALES if self.nested else _SCALES[:1])]
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        shape = (self.out_features, self.in_features)
-        return linear4(x, self.weight.view(-1), self.table, scales, self.block, shape, bias, low)
+        return linear4(x, self.weight4(), self.bias_as(x.dtype), low)
+
+    def weight4(self) -> Weight4:
+        """The weight as the kernels take it (the same memory)."""
+        scales = tuple(getattr(self, name) for name in (_SCALES if self.nested else _SCALES[:1]))
+        return Weight4(self.weight.view(-1), scales, self.table, self.block, (self.out_features, self.in_features))
+
+    def bias_as(self, dtype: torch.dtype) -> Tensor | None:
+        return None if self.bias is None else self.bias.to(dtype)
 
     def _apply(self, fn, recurse=True):
         # nn.Module would cast float buffers along with parameters; a scale in 16 bits is another weight

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from lora.kernels.code4 import byte_table
-from lora.kernels.linear4 import linear4
+from lora.kernels.linear4 import Weight4, linear4, linears4
 from lora.quant.weight import Packed, quantize_tensor
 
 
@@ -13,8 +13,12 @@ def layer(N: int, K: int, double: bool = False, block: int = 32) -> Packed:
     return quantize_tensor(torch.randn(N, K), "nf4", block, double)
 
 
+def weight4(p: Packed) -> Weight4:
+    return Weight4(p.q.view(-1), p.scales, byte_table(p.code), p.block, (p.shape[0], p.shape[1]))
+
+
 def call(x: Tensor, p: Packed, bias: Tensor | None = None, low: tuple[Tensor, Tensor, float] | None = None) -> Tensor:
-    return linear4(x, p.q.view(-1), byte_table(p.code), p.scales, p.block, p.shape, bias, low)
+    return linear4(x, weight4(p), bias, low)
 
 
 @pytest.mark.parametrize("double", [False, True])
@@ -120,3 +124,54 @@ def test_linear4_keeps_no_unpacked_weight_for_the_backward(with_low: bool) -> No
     assert any(t.data_ptr() == x.data_ptr() for t in floats) == with_low  # x is kept only where a factor needs it
     y.sum().backward()
     assert x.grad is not None
+
+
+# ---- several on one input ----
+@pytest.mark.parametrize("sizes", [(8, 4, 4), (7, 5), (6, 3, 10)])
+@pytest.mark.parametrize("K", [16, 33])
+def test_linears4_equal_one_layer_after_the_other(K: int, sizes: tuple[int, ...]) -> None:
+    packed = [layer(N, K, double=i == 1) for i, N in enumerate(sizes)]
+    weights = [weight4(p) for p in packed]
+
+    def leaves() -> tuple[Tensor, list[Tensor | None], list[tuple[Tensor, Tensor, float] | None]]:
+        torch.manual_seed(2)
+        x = torch.randn(2, 9, K, dtype=torch.float64, requires_grad=True)
+        biases: list[Tensor | None] = [
+            torch.randn(N, dtype=torch.float64, requires_grad=True) if i != 1 else None for i, N in enumerate(sizes)
+        ]
+        lows: list[tuple[Tensor, Tensor, float] | None] = []
+        for i, N in enumerate(sizes):
+            a = torch.randn(2 + i, K, dtype=torch.float64, requires_grad=True)
+            b = torch.randn(N, 2 + i, dtype=torch.float64, requires_grad=True)
+            lows.append((a, b, 0.5 + i) if i != 1 else None)
+        return x, biases, lows
+
+    x, biases, lows = leaves()
+    together = linears4(x, weights, biases, lows)
+    x1, biases1, lows1 = leaves()
+    alone = [linear4(x1, w, bias, low) for w, bias, low in zip(weights, biases1, lows1, strict=True)]
+    for got, want in zip(together, alone, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+    dys = [torch.randn(2, 9, N, dtype=torch.float64) for N in sizes]
+    torch.autograd.backward(together, dys)
+    torch.autograd.backward(alone, dys)
+    pairs = [(x, x1), *zip(biases, biases1, strict=True)]
+    for low, low1 in zip(lows, lows1, strict=True):
+        pairs += [] if low is None or low1 is None else [(low[0], low1[0]), (low[1], low1[1])]
+    for got_leaf, want_leaf in pairs:
+        if got_leaf is not None and want_leaf is not None:
+            torch.testing.assert_close(got_leaf.grad, want_leaf.grad, rtol=1e-12, atol=1e-12)
+
+
+def test_linears4_take_gradients_that_lie_in_one_buffer_or_in_none() -> None:
+    weights = [weight4(layer(6, 16)), weight4(layer(4, 16))]
+    dy = torch.randn(5, 10)
+    grads = []
+    for parts in (dy.split([6, 4], dim=1), (dy[:, :6].clone(), dy[:, 6:].clone()), (dy[:, :6], None)):
+        x = torch.ones(5, 16, requires_grad=True)
+        ys = linears4(x, weights, [None, None], [None, None])
+        used = [(y, d) for y, d in zip(ys, parts, strict=True) if d is not None]
+        torch.autograd.backward([y for y, _ in used], [d for _, d in used])
+        grads.append(x.grad)
+    assert torch.equal(grads[0], grads[1])
+    assert not torch.equal(grads[0], grads[2])

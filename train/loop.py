@@ -21,6 +21,7 @@ from lora.eval.evaluate import evaluate
 from lora.eval.nll import row_nll, token_nll
 from lora.eval.report import write_report
 from lora.files import refuse_filled, write_text
+from lora.kernels.scratch import keep_pages
 from lora.layer import adapted
 from lora.models.llama import Llama
 from lora.models.save import save_pretrained
@@ -88,7 +89,14 @@ def fit(
         out.mkdir(parents=True, exist_ok=True)
         write_text(out / "config.yaml", _yaml(dataclasses.asdict(config)))
     torch.manual_seed(config.seed)
-    optimizer = AdamW(trainable, betas=(config.beta1, config.beta2), eps=config.eps, weight_decay=config.weight_decay)
+    keep_pages()  # a step frees and allocates the same hundreds of MB again and again
+    optimizer = AdamW(
+        trainable,
+        betas=(config.beta1, config.beta2),
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+        bits=config.optim_bits,
+    )
     with Log(out / "log.jsonl" if out else None, steps, config.progress) as log:
         seconds, tokens = _steps(model, examples, held_out, steps, per_epoch, optimizer, config, log)
     adapter = None

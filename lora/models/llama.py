@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from lora.kernels.norm import rms_norm
 from lora.kernels.rope import rope
 from lora.kernels.swiglu import swiglu
+from lora.layer import together
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,9 +157,10 @@ class Attention(nn.Module):
         self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: Cache | None, layer: int
     ) -> Tensor:
         B, T, _ = x.shape
-        q = rope(self.q_proj(x).view(B, T, self.heads, self.head_dim), cos, sin).transpose(1, 2)  # (B, H, T, D)
-        k = rope(self.k_proj(x).view(B, T, self.kv_heads, self.head_dim), cos, sin).transpose(1, 2)
-        v = self.v_proj(x).view(B, T, self.kv_heads, self.head_dim).transpose(1, 2)
+        q, k, v = together(x, self.q_proj, self.k_proj, self.v_proj)
+        q = rope(q.view(B, T, self.heads, self.head_dim), cos, sin).transpose(1, 2)  # (B, H, T, D)
+        k = rope(k.view(B, T, self.kv_heads, self.head_dim), cos, sin).transpose(1, 2)
+        v = v.view(B, T, self.kv_heads, self.head_dim).transpose(1, 2)
         if cache is not None:
             k, v = cache.extend(layer, k, v)
         groups = self.heads // self.kv_heads
@@ -178,7 +180,7 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=c.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
+        return self.down_proj(swiglu(*together(x, self.gate_proj, self.up_proj)))
 
 
 class Block(nn.Module):
