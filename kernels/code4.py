@@ -5,30 +5,37 @@ A weight of n values, flattened in row order, becomes
     absmax  (ceil(n/block),) f32   the largest magnitude of each run of `block` values; the last run may be short
     value = code[index] * absmax, one float32 product, rounded once to the wanted dtype.
 Blocks run over the flattened weight, so one may straddle two rows.  Code books come from lora.quant.
+The block scales may themselves be bytes (code8.py): then absmax = map[byte] * absmax2 + offset, two roundings.
+
+Bytes that must move a weight, block 64, bfloat16: decode 0.5 + 1/16 read (nested 0.5 + 1/64), 2 written; encode
+the same the other way.  4096 x 4096 is 43 MB: 14 us at the 3.0 TB/s that an H100 copies.
 
 Source: QLoRA, arXiv:2305.14314, section 3; numbers equal bitsandbytes' bit for bit where its backends agree.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
+from lora.kernels._triton import tl, triton
+from lora.kernels.dispatch import use_triton
 from lora.kernels.scratch import scratch
 
 TINY = torch.finfo(torch.float32).tiny  # below it 1/absmax may overflow, and GPUs flush it to zero
+NESTED = 256  # block scales that share one scale of their own, where they are bytes
+
+# What a program and a thread of the kernels take.  A thread takes 16 bytes, 32 values: whole 16-byte loads and stores
+# of 16-bit values, and then no value changes its thread on the way (seen in the code made by Triton 3.6 for sm_90).
+DECODE_BYTES, DECODE_BYTES_THREAD = 2048, 16
+ENCODE_VALUES, ENCODE_VALUES_THREAD = 1024, 32
 
 
-# ---- quantize ----
-def quantize4(w: Tensor, code: Tensor, block: int) -> tuple[Tensor, Tensor]:
-    """Bytes and block scales of `w`, any shape and floating dtype, by the nearest of 16 levels.
-
-    Per value: s = float32(w) * (1 / absmax), an IEEE reciprocal and a product; the code is the number
-    of thresholds that s exceeds strictly, so a tie goes to the lower level.  Thresholds are the float32
-    midpoints of the sorted levels.  A block whose absmax is 0 (or subnormal) stores absmax 0 and the
-    code of 0.0.  An odd count is padded with the code of 0.0.
-    """
+# ---- reference ----
+def quantize4_ref(w: Tensor, code: Tensor, block: int) -> tuple[Tensor, Tensor]:
+    """`quantize4` in torch, for any floating dtype."""
     flat, n = w.detach().reshape(-1), w.numel()
-    levels, order = torch.sort(code, stable=True)
-    thresholds = (levels[:-1] + levels[1:]) / 2  # (15,)
+    thresholds, order = decisions(code)
     to_code = order.to(torch.uint8)
     q = torch.empty((n + 1) // 2, dtype=torch.uint8, device=w.device)
     absmax = torch.empty(-(-n // block), dtype=torch.float32, device=w.device)
@@ -49,47 +56,45 @@ def quantize4(w: Tensor, code: Tensor, block: int) -> tuple[Tensor, Tensor]:
     return q, absmax
 
 
-# ---- dequantize ----
-def byte_table(code: Tensor) -> Tensor:
-    """The two values of each byte, (256, 2) float32, high half first, from a 16-entry code."""
-    return torch.stack((code.repeat_interleave(16), code.repeat(16)), dim=1)
-
-
-def dequantize4(
-    q: Tensor, absmax: Tensor, table: Tensor, block: int, n: int, dtype: torch.dtype, out: Tensor | None = None
+def dequantize4_ref(
+    q: Tensor, scales: Sequence[Tensor], table: Tensor, block: int, n: int, out: Tensor, start: int = 0
 ) -> Tensor:
-    """The n values (n,) of bytes q in `dtype`: float32(code) * float32(absmax), rounded once; `table` of byte_table.
+    """`dequantize4` in torch, into `out`, which holds n rounded up to even.
 
-    Into `out` (at least 2 * q.numel() values, contiguous) where given.  A byte is looked up whole, as a
-    pair of float32 in one 8-byte gather, over a chunk that stays in cache: on two cores 5 ms for
-    4096x4096, where shift, mask and stack take 100 or more.
+    A byte is looked up whole, as a pair of float32 in one 8-byte gather, over a chunk that stays in cache: on two
+    cores 5 ms for 4096x4096, where shift, mask and stack take 100 or more.
     """
-    if out is None:
-        out = torch.empty(2 * q.numel(), dtype=dtype, device=q.device)
+    absmax = scales[0] if len(scales) == 1 else dequantize_scales(scales[0], scales[1], scales[2], scales[3])
     pairs = table.view(torch.int64).view(1, 256)
     on_cpu = q.device.type == "cpu"
     lanes = 1 << (torch.get_num_threads() - 1).bit_length() if on_cpu else 1  # gather splits its work over rows only
     chunk = 2**20 if on_cpu else 2**24  # bytes; a multiple of every block size
-    part = scratch(min(chunk, q.numel()) * 2, torch.float32, q.device, "chunk") if dtype != torch.float32 else out
-    for start in range(0, q.numel(), chunk):
-        byte = q[start : start + chunk]
+    first, last = start // 2, (start + n + 1) // 2  # bytes
+    direct = out.dtype == torch.float32
+    part = out if direct else scratch(min(chunk, last - first) * 2, torch.float32, q.device, "chunk")
+    for a in range(first, last, chunk):
+        byte = q[a : min(a + chunk, last)]
         p = byte.numel()
-        value = part[: 2 * p] if dtype != torch.float32 else out[2 * start : 2 * (start + p)]
+        value = part[2 * (a - first) : 2 * (a - first + p)] if direct else part[: 2 * p]
         rows = lanes if p % lanes == 0 else 1
         torch.gather(
             pairs.expand(rows, 256), 1, byte.to(torch.int64).view(rows, -1), out=value.view(torch.int64).view(rows, -1)
         )
-        scale = absmax[2 * start // block : -(-2 * (start + p) // block)]
-        whole = 2 * p // block
+        scale = absmax[2 * a // block : -(-2 * (a + p) // block)]
+        head = min(-2 * a % block, 2 * p)  # values of a block whose beginning lies before the range
+        if head:
+            value[:head].mul_(scale[0])
+            value, scale = value[head:], scale[1:]
+        whole = value.numel() // block
         value[: whole * block].view(-1, block).mul_(scale[:whole, None])
-        if whole < scale.numel():
-            value[whole * block :].mul_(scale[-1])
-        if dtype != torch.float32:
-            out[2 * start : 2 * (start + p)].copy_(value)
+        if whole * block < value.numel():
+            value[whole * block :].mul_(scale[whole])
+        if not direct:
+            out[2 * (a - first) : 2 * (a - first + p)].copy_(part[: 2 * p])
     return out[:n]
 
 
-def dequantize_scales(q: Tensor, code: Tensor, absmax: Tensor, offset: Tensor, block: int = 256) -> Tensor:
+def dequantize_scales(q: Tensor, code: Tensor, absmax: Tensor, offset: Tensor, block: int = NESTED) -> Tensor:
     """Block scales of a doubly quantized weight: code[q] * absmax, then a separate + offset, all float32.
 
     Two roundings, not one fused multiply-add: the published files were written so.
@@ -100,3 +105,267 @@ def dequantize_scales(q: Tensor, code: Tensor, absmax: Tensor, offset: Tensor, b
     if whole < absmax.numel():
         value[whole * block :].mul_(absmax[-1])
     return value.add_(offset)
+
+
+# ---- tables made from a code ----
+def byte_table(code: Tensor) -> Tensor:
+    """The two values of each byte, (256, 2) float32, high half first, from a 16-entry code."""
+    return torch.stack((code.repeat_interleave(16), code.repeat(16)), dim=1)
+
+
+def decisions(code: Tensor) -> tuple[Tensor, Tensor]:
+    """The float32 midpoints (15,) of the sorted levels of `code` (16,), and the code (16,) of each sorted level."""
+    levels, order = torch.sort(code, stable=True)
+    return (levels[:-1] + levels[1:]) / 2, order
+
+
+def decision_cells(code: Tensor) -> Tensor:
+    """What the kernel looks a scaled value s up in: one int64 a cell, on the device of `code`.
+
+    [-1, 1] is cut into cells so narrow that none holds two thresholds (1/16 wide for NF4, 1/512 for FP4), so that
+    one look-up and one comparison decide.  A cell holds, from the low end: its threshold as float32 (inf where it
+    has none), the code below it (4 bits), the code above it (4 bits).
+
+    The cell of s is the low bits of the float32 sum s + 1.5 * 2**23 * width, which rounds s to a multiple of the
+    width, by the same sum here and in the kernel.  Rounding is monotonic, so the comparison decides exactly.
+    """
+    thresholds, order = decisions(code.cpu())
+    for log in range(4, 13):
+        magic = torch.tensor(1.5 * 2.0 ** (23 - log))
+        place = (thresholds + magic).view(torch.int32) - magic.view(torch.int32)  # (15,) multiples of the width
+        if place.unique().numel() == thresholds.numel():
+            break
+    else:
+        raise ValueError(f"two thresholds of the code {code.tolist()} are less than 1/4096 apart")
+    j = torch.arange(-(2 << log), 2 << log, dtype=torch.int32)  # more than [-1, 1]: a power of two of cells
+    below = torch.searchsorted(place, j)  # thresholds in the cells before j
+    threshold = torch.where(torch.isin(j, place), thresholds[below.clamp(max=14)], torch.inf)
+    codes = order[below] | order[(below + 1).clamp(max=15)] << 4
+    cells = torch.empty(j.numel(), dtype=torch.int64)
+    low = threshold.view(torch.int32).long() & 0xFFFFFFFF
+    cells[j.long() & (j.numel() - 1)] = codes << 32 | low
+    return cells.to(code.device)
+
+
+# ---- kernel ----
+@triton.jit
+def _quantize_kernel(
+    w_ptr,  # (n,) f32, bf16 or f16
+    cells_ptr,  # (CELLS,) i64 of decision_cells
+    q_ptr,  # (P,) u8
+    absmax_ptr,  # (B,) f32
+    n,
+    P,
+    B,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,  # blocks a program
+    CELLS: tl.constexpr,
+    MAGIC: tl.constexpr,
+):
+    # Flat tiles: in two dimensions Triton lays a look-up out another way than the loads, and moves every value
+    TILE: tl.constexpr = ROWS * BLOCK
+    row = tl.program_id(0).to(tl.int64) * ROWS
+    i = row * BLOCK + tl.arange(0, TILE)
+    x = tl.load(w_ptr + i, mask=i < n, other=0.0).to(tl.float32)
+    # Magnitudes order as integers do, and there NaN stands above inf: a maximum of floats would drop it
+    magnitude = tl.reshape(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, (ROWS, BLOCK))
+    bits = tl.max(magnitude, axis=1)  # (ROWS,)
+    absmax = tl.where(bits < 0x00800000, 0, bits).to(tl.float32, bitcast=True)  # subnormal: 0
+    inverse = tl.where(absmax > 0, tl.div_rn(1.0, tl.where(absmax > 0, absmax, 1.0)), 0.0)
+    b = row + tl.arange(0, ROWS)
+    tl.store(absmax_ptr + b, absmax, mask=b < B)
+    s = x * tl.reshape(tl.broadcast_to(inverse[:, None], (ROWS, BLOCK)), (TILE,))
+    cell = tl.load(cells_ptr + ((s + MAGIC).to(tl.int32, bitcast=True) & (CELLS - 1)))  # any s, NaN too, has a cell
+    codes = (cell >> 32).to(tl.int32)
+    code = tl.where(s > cell.to(tl.int32).to(tl.float32, bitcast=True), codes >> 4, codes)  # low 4 bits count
+    high, low = tl.split(tl.reshape(code, (TILE // 2, 2)))
+    p = row * (BLOCK // 2) + tl.arange(0, TILE // 2)
+    tl.store(q_ptr + p, ((high << 4) | (low & 15)).to(tl.uint8), mask=p < P)
+
+
+@triton.jit
+def _dequantize_kernel(
+    q_ptr,  # (ceil(n/2),) u8, all of the weight
+    absmax_ptr,  # (b,) f32, or u8 where nested
+    map_ptr,  # (256,) f32, and the next two, only where nested
+    absmax2_ptr,  # (ceil(b/256),) f32
+    offset_ptr,  # () f32
+    table_ptr,  # (256, 2) f32 of byte_table
+    out_ptr,  # (stop - start,) f32, bf16 or f16
+    start,  # values
+    stop,
+    first,  # bytes
+    last,
+    SEGMENT: tl.constexpr,  # bytes that share a scale, at most a program's
+    SPLIT: tl.constexpr,  # segments a block
+    ROWS: tl.constexpr,  # segments a program
+    NESTED_BLOCK: tl.constexpr,  # 0: plain
+):
+    TILE: tl.constexpr = ROWS * SEGMENT
+    row = first // SEGMENT + tl.program_id(0).to(tl.int64) * ROWS
+    segment = row + tl.arange(0, ROWS)
+    b = segment // SPLIT
+    live = segment * SEGMENT < last
+    if NESTED_BLOCK:
+        level = tl.load(map_ptr + tl.load(absmax_ptr + b, mask=live, other=0).to(tl.int32))
+        scale = level * tl.load(absmax2_ptr + b // NESTED_BLOCK, mask=live, other=0.0) + tl.load(offset_ptr)
+    else:
+        scale = tl.load(absmax_ptr + b, mask=live, other=0.0)  # (ROWS,)
+    scale = tl.reshape(tl.broadcast_to(scale[:, None], (ROWS, SEGMENT)), (TILE,))
+    p = row * SEGMENT + tl.arange(0, TILE)
+    byte = tl.load(q_ptr + p, mask=(p >= first) & (p < last), other=0).to(tl.int32)
+    # The first 16 rows of the table hold the code in their second column: one cache line
+    high = tl.load(table_ptr + 2 * (byte >> 4) + 1) * scale
+    low = tl.load(table_ptr + 2 * (byte & 15) + 1) * scale
+    i = 2 * SEGMENT * row + tl.arange(0, 2 * TILE)
+    value = tl.interleave(high.to(out_ptr.dtype.element_ty), low.to(out_ptr.dtype.element_ty))
+    tl.store(out_ptr + (i - start), value, mask=(i >= start) & (i < stop))
+
+
+# ---- launch ----
+@torch.library.custom_op("lora::quantize4", mutates_args=())
+def _quantize4(w: Tensor, cells: Tensor, block: int) -> tuple[Tensor, Tensor]:
+    n = w.numel()
+    q = torch.empty((n + 1) // 2, dtype=torch.uint8, device=w.device)
+    absmax = torch.empty(-(-n // block), dtype=torch.float32, device=w.device)
+    rows = max(1, ENCODE_VALUES // block)
+    with torch.cuda.device_of(w):  # Triton launches on the current device, not on the tensors'
+        _quantize_kernel[(-(-absmax.numel() // rows),)](
+            w,
+            cells,
+            q,
+            absmax,
+            n,
+            q.numel(),
+            absmax.numel(),
+            BLOCK=block,
+            ROWS=rows,
+            CELLS=cells.numel(),
+            MAGIC=1.5 * 2**25 / cells.numel(),
+            num_warps=rows * block // (32 * ENCODE_VALUES_THREAD),
+            enable_fp_fusion=False,
+        )
+    return q, absmax
+
+
+@_quantize4.register_fake
+def _(w: Tensor, cells: Tensor, block: int) -> tuple[Tensor, Tensor]:
+    n = w.numel()
+    return w.new_empty((n + 1) // 2, dtype=torch.uint8), w.new_empty(-(-n // block), dtype=torch.float32)
+
+
+def quantize4(w: Tensor, code: Tensor, block: int, cells: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Bytes and block scales of `w`, any shape and floating dtype, by the nearest of 16 levels.
+
+    Per value: s = float32(w) * (1 / absmax), an IEEE reciprocal and a product; the code is the number
+    of thresholds that s exceeds strictly, so a tie goes to the lower level.  Thresholds are the float32
+    midpoints of the sorted levels.  A block whose absmax is 0 (or subnormal) stores absmax 0 and the
+    code of 0.0.  An odd count is padded with the code of 0.0.  A block that holds NaN has absmax NaN.
+
+    `cells` is `decision_cells(code)`; making it anew waits for the GPU.
+    """
+    _check_block(block)
+    if not use_triton(w, code):
+        return quantize4_ref(w, code, block)
+    if cells is None:
+        cells = decision_cells(code)
+    return _quantize4(w.detach().contiguous(), cells, block)
+
+
+@torch.library.custom_op("lora::dequantize4", mutates_args=("out",))
+def _dequantize4(
+    q: Tensor, scales: Sequence[Tensor], table: Tensor, out: Tensor, block: int, n: int, start: int
+) -> None:
+    nested = len(scales) > 1
+    level, absmax2, offset = scales[1:] if nested else (scales[0],) * 3
+    segment = min(block // 2, DECODE_BYTES)
+    rows = DECODE_BYTES // segment
+    first, last = start // 2, (start + n + 1) // 2
+    with torch.cuda.device_of(q):
+        _dequantize_kernel[(-(-(-(-last // segment) - first // segment) // rows),)](
+            q,
+            scales[0],
+            level,
+            absmax2,
+            offset,
+            table,
+            out,
+            start,
+            start + n,
+            first,
+            last,
+            SEGMENT=segment,
+            SPLIT=block // 2 // segment,
+            ROWS=rows,
+            NESTED_BLOCK=NESTED if nested else 0,
+            num_warps=DECODE_BYTES // (32 * DECODE_BYTES_THREAD),
+            enable_fp_fusion=False,  # nested scales are a product, then a sum: two roundings
+        )
+
+
+@_dequantize4.register_fake
+def _(q: Tensor, scales: Sequence[Tensor], table: Tensor, out: Tensor, block: int, n: int, start: int) -> None:
+    return None
+
+
+def dequantize4(
+    q: Tensor,
+    scales: Sequence[Tensor],
+    table: Tensor,
+    block: int,
+    n: int,
+    dtype: torch.dtype,
+    out: Tensor | None = None,
+    start: int = 0,
+) -> Tensor:
+    """The values start .. start + n of bytes q (all of the weight), (n,) in `dtype`; `table` of byte_table.
+
+    float32(code) * float32(absmax), rounded once.  `scales` is (absmax,), or (bytes, map, absmax2, offset) as
+    `dequantize_scales` takes them.  `start` is even.  Into `out` (n values rounded up to even, contiguous) where given.
+    """
+    check4(q, scales, block, start + n)
+    if n < 1 or start < 0 or start % 2:
+        raise ValueError(
+            f"values {start} .. {start + n}: ask for at least one, from an even place on, where a byte begins"
+        )
+    if table.shape != (256, 2) or table.dtype != torch.float32 or not table.is_contiguous():
+        raise ValueError(f"the table is {table.dtype} of shape {tuple(table.shape)}; give byte_table(code)")
+    if out is None:
+        out = torch.empty(n + n % 2, dtype=dtype, device=q.device)
+    elif out.dtype != dtype or out.numel() < n + n % 2 or not out.is_contiguous():
+        raise ValueError(
+            f"out holds {out.numel()} values of {out.dtype}{'' if out.is_contiguous() else ', not contiguous'}; "
+            f"{n} values need room for {n + n % 2} of {dtype} in a row"
+        )
+    if not use_triton(q, *scales, table, out):
+        return dequantize4_ref(q, scales, table, block, n, out, start)
+    _dequantize4(q, scales, table, out, block, n, start)
+    return out[:n]
+
+
+def check4(q: Tensor, scales: Sequence[Tensor], block: int, n: int) -> None:
+    """Refuses bytes and scales that cannot hold n values: a kernel would read past their end."""
+    _check_block(block)
+    if q.dtype != torch.uint8 or not q.is_contiguous() or 2 * q.numel() < n:
+        raise ValueError(
+            f"q is {q.dtype} of shape {tuple(q.shape)}{'' if q.is_contiguous() else ', not contiguous'}; "
+            f"{n} values need {(n + 1) // 2} bytes of uint8 in a row"
+        )
+    b = -(-n // block)
+    if len(scales) == 1:
+        want = [(b, torch.float32)]
+    elif len(scales) == 4:
+        want = [(b, torch.uint8), (256, torch.float32), (-(-b // NESTED), torch.float32), (1, torch.float32)]
+    else:
+        raise ValueError(f"{len(scales)} tensors of scales; give (absmax,) or (bytes, map, absmax2, offset)")
+    for i, (scale, (count, dtype)) in enumerate(zip(scales, want, strict=True)):
+        if scale.dtype != dtype or scale.numel() < count or not scale.is_contiguous():
+            raise ValueError(
+                f"scales[{i}] holds {scale.numel()} of {scale.dtype}; "
+                f"{n} values in blocks of {block} need {count} of {dtype}, contiguous"
+            )
+
+
+def _check_block(block: int) -> None:
+    if block < 32 or block & (block - 1) or block > 4096:
+        raise ValueError(f"block={block}: a block holds a power of two of values, 32 to 4096")

@@ -9,13 +9,14 @@ Source: QLoRA, arXiv:2305.14314, section 3; LoRA, arXiv:2106.09685, section 4.1.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lora.kernels import gemm
 from lora.kernels.code4 import dequantize4
+from lora.kernels.gemv4 import can_gemv4, gemv4
 from lora.kernels.scratch import scratch
 
 Low = tuple[Tensor, Tensor, float]  # a (r, K), b (N, r), s
@@ -27,6 +28,7 @@ class Weight4(NamedTuple):
     q: Tensor  # bytes, flat
     scales: tuple[Tensor, ...]  # (absmax,), or nested: (q, code, absmax, offset) of `dequantize_scales`
     table: Tensor  # byte_table of the code
+    permute: Tensor  # permute_table of the code
     block: int
     shape: tuple[int, int]
 
@@ -37,7 +39,7 @@ def _unpack(weights: Sequence[Weight4], like: Tensor) -> Tensor:
     N = sum(w.shape[0] for w in weights)
     buffer = scratch(N * K + 1, like.dtype, like.device, "weight")  # + 1: an odd count ends on half a byte
     start = 0
-    for q, scales, table, block, shape in weights:
+    for q, scales, table, _, block, shape in weights:
         n = shape[0] * K
         out = buffer[start:] if start % 2 == 0 else None  # a pair of values is written at a time
         decoded = dequantize4(q, scales, table, block, n, like.dtype, out=out)
@@ -72,7 +74,7 @@ class _Linear4(torch.autograd.Function):
         y = gemm.linear(flat, _unpack(weights, x))  # (M, Σ N)
         ys = list(y.split([w.shape[0] for w in weights], dim=1))
         have = [a for a in a_s if a is not None]
-        xa = None
+        xa: Any = None
         if have:
             xa = gemm.linear(flat, have[0] if len(have) == 1 else torch.cat(have))  # (M, Σ r)
         r0 = 0
@@ -84,7 +86,7 @@ class _Linear4(torch.autograd.Function):
                 r0 += a.shape[0]
         ctx.still = [(len(w.scales), w.block, w.shape) for w in weights]
         ctx.scale = scale
-        kept = [t for w in weights for t in (w.q, w.table, *w.scales)]
+        kept = [t for w in weights for t in (w.q, w.table, w.permute, *w.scales)]
         ctx.save_for_backward(x if have else None, xa, *a_s, *b_s, *kept)
         if len(ys) == 1:
             # not .view: the result must be no view, so that a further update can be added to it in place
@@ -98,8 +100,8 @@ class _Linear4(torch.autograd.Function):
         a_s, b_s, kept = saved[:n], saved[n : 2 * n], iter(saved[2 * n :])
         weights = []
         for scales, block, NK in ctx.still:
-            q, table = next(kept), next(kept)
-            weights.append(Weight4(q, tuple(next(kept) for _ in range(scales)), table, block, NK))
+            q, table, permute = next(kept), next(kept), next(kept)
+            weights.append(Weight4(q, tuple(next(kept) for _ in range(scales)), table, permute, block, NK))
         shape = grads[0].shape[:-1]
         dys = [dy.reshape(-1, w.shape[0]) for dy, w in zip(grads, weights, strict=True)]  # (M, N)
         out: list[Tensor | None] = [None, None, None]
@@ -137,8 +139,7 @@ def linear4(x: Tensor, weight: Weight4, bias: Tensor | None = None, low: Low | N
 
     `low` is (a (r, K), b (N, r), s) of a low-rank update, which does get gradients.
     """
-    a, b, s = low or (None, None, 0.0)
-    return _Linear4.apply(x, (weight,), (s,), bias, a, b)
+    return linears4(x, (weight,), (bias,), (low,))[0]
 
 
 def linears4(
@@ -151,5 +152,13 @@ def linears4(
     flat: list[Tensor | None] = []
     for bias, low in zip(biases, lows, strict=True):
         flat += [bias, *(low[:2] if low else (None, None))]
+    K = weights[0].shape[1]
+    learns = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *flat))
+    if not learns and all(can_gemv4(x, w.q, w.block, K) for w in weights):
+        rows = x.reshape(-1, K).contiguous()
+        return tuple(
+            gemv4(rows, w.q, w.scales, w.permute, w.block, w.shape[0], bias, low).view(*x.shape[:-1], w.shape[0])
+            for w, bias, low in zip(weights, biases, lows, strict=True)
+        )
     y = _Linear4.apply(x, tuple(weights), tuple(low[2] if low else 0.0 for low in lows), *flat)
     return y if isinstance(y, tuple) else (y,)

@@ -122,11 +122,11 @@ def together(x: Tensor, *layers: nn.Module) -> list[Tensor]:
     """
     bases, lows, rests = [], [], []
     for layer in layers:
-        wrapped = isinstance(layer, LoRALinear)
-        base = layer.base if wrapped and (layer.merged is None or layer.off) else layer
+        wrapped = layer if isinstance(layer, LoRALinear) and (layer.merged is None or layer.off) else None
+        base = wrapped.base if wrapped else layer
         if type(base) is not Linear4bit or is_hooked(layer) or is_hooked(base):
             return [layer(x) for layer in layers]
-        low, rest = layer.split(x.dtype) if wrapped else (None, [])
+        low, rest = wrapped.split(x.dtype) if wrapped else (None, [])
         bases.append(base)
         lows.append(low)
         rests.append(rest)

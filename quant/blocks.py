@@ -9,13 +9,16 @@ remains is 8/64 + 32/(64*256) = 0.127 bit a weight.
 Source: QLoRA, arXiv:2305.14314, section 3.
 """
 
+import functools
+
 import torch
 from torch import Tensor
 
-from lora.kernels.code4 import TINY
+from lora.kernels.code4 import NESTED as BLOCK  # scales of one second-level block
+from lora.kernels.code8 import quantize8
 from lora.quant.codebook import dynamic_map
 
-BLOCK = 256  # scales of one second-level block
+__all__ = ["BLOCK", "nested_map", "quantize_scales"]
 
 
 def quantize_scales(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -25,13 +28,19 @@ def quantize_scales(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     Decode with `lora.kernels.code4.dequantize_scales`.
     """
     offset = absmax.mean()
-    z = absmax - offset
-    b = z.numel()
-    blocks = torch.nn.functional.pad(z, (0, -b % BLOCK)).view(-1, BLOCK)
-    absmax2 = blocks.abs().amax(dim=1)  # (blocks,)
-    absmax2 = torch.where(absmax2 < TINY, 0.0, absmax2)
-    inverse = torch.where(absmax2 > 0, 1.0 / absmax2, 0.0)
-    levels = dynamic_map().to(absmax.device)
-    thresholds = (levels[:-1] + levels[1:]) / 2
-    q = torch.bucketize((blocks * inverse[:, None]).reshape(-1)[:b], thresholds, out_int32=True).to(torch.uint8)
+    q, absmax2 = quantize8(absmax, offset, _thresholds(absmax.device))
     return q, absmax2, offset
+
+
+@functools.cache
+def nested_map(device: torch.device) -> Tensor:
+    """`dynamic_map()` on a device, one copy for all weights."""
+    with torch.inference_mode(False):  # or, first asked for there, no backward could save it ever after
+        return dynamic_map().to(device)
+
+
+@functools.cache
+def _thresholds(device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        levels = nested_map(device)
+        return (levels[:-1] + levels[1:]) / 2  # (255,)

@@ -47,15 +47,17 @@ def codebook(kind: str) -> Tensor:
 
 
 @functools.cache
-def dynamic_map() -> Tensor:
-    """The 256 levels of the signed 8-bit dynamic code that stores block scales, ascending, float32 (256,).
+def dynamic_map(signed: bool = True) -> Tensor:
+    """The 256 levels of the 8-bit dynamic code, ascending, float32 (256,): signed for block scales and for Adam's
+    first moment, unsigned for its second.
 
-    Decades 1e-6 .. 1, each with twice the levels of the one below, of both signs; then 0 and 1.
+    Decades 1e-6 .. 1, each with twice the levels of the one below, of both signs where signed, or else with twice
+    as many of one; then 0 and 1.
     Source: 8-bit Optimizers, arXiv:2110.02861, section 2.1, in bitsandbytes' create_dynamic_map.
     """
     levels = [torch.tensor([0.0, 1.0])]
     for i in range(7):
-        edges = torch.linspace(0.1, 1, 2**i + 1, dtype=torch.float32)
+        edges = torch.linspace(0.1, 1, 2 ** (i if signed else i + 1) + 1, dtype=torch.float32)
         middle = (edges[:-1] + edges[1:]) / 2 * 10.0 ** (i - 6)
-        levels += [middle, -middle]
+        levels += [middle, -middle] if signed else [middle]
     return torch.cat(levels).sort().values

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lora.kernels.code4 import byte_table
+from lora.kernels.gemv4 import permute_table
 from lora.kernels.linear4 import Low, Weight4, linear4
 from lora.quant.codebook import codebook
 from lora.quant.weight import Packed, check_block, quantize_tensor
@@ -25,6 +26,7 @@ class Linear4bit(nn.Module):
     weight: Tensor
     code: Tensor
     table: Tensor
+    permute: Tensor
     bias: Tensor | None
 
     def __init__(self, packed: Packed, bias: Tensor | None = None) -> None:
@@ -36,6 +38,7 @@ class Linear4bit(nn.Module):
         self.register_buffer("weight", packed.q)
         self.register_buffer("code", packed.code, persistent=False)
         self.register_buffer("table", byte_table(packed.code), persistent=False)  # of `code`, made once
+        self.register_buffer("permute", permute_table(packed.code), persistent=False)  # likewise, for decoding
         for name, scale in zip(_SCALES, packed.scales, strict=False):
             self.register_buffer(name, scale, persistent=name != "nested_map")
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach(), requires_grad=False))
@@ -56,7 +59,8 @@ class Linear4bit(nn.Module):
     def weight4(self) -> Weight4:
         """The weight as the kernels take it (the same memory)."""
         scales = tuple(getattr(self, name) for name in (_SCALES if self.nested else _SCALES[:1]))
-        return Weight4(self.weight.view(-1), scales, self.table, self.block, (self.out_features, self.in_features))
+        shape = (self.out_features, self.in_features)
+        return Weight4(self.weight.view(-1), scales, self.table, self.permute, self.block, shape)
 
     def bias_as(self, dtype: torch.dtype) -> Tensor | None:
         return None if self.bias is None else self.bias.to(dtype)

@@ -1,14 +1,15 @@
 """Packed: a weight as bytes, scales and a shape, one dataclass; and the one function that makes it from floats."""
 
 import dataclasses
+import functools
 import math
 
 import torch
 from torch import Tensor
 
-from lora.kernels.code4 import byte_table, dequantize4, dequantize_scales, quantize4
-from lora.quant.blocks import quantize_scales
-from lora.quant.codebook import codebook, dynamic_map
+from lora.kernels.code4 import byte_table, check4, decision_cells, dequantize4, dequantize_scales, quantize4
+from lora.quant.blocks import nested_map, quantize_scales
+from lora.quant.codebook import codebook
 
 BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
@@ -28,6 +29,20 @@ class Packed:
     q: Tensor
     code: Tensor
     scales: tuple[Tensor, ...]
+
+    def __post_init__(self) -> None:
+        check_block(self.block)
+        n = math.prod(self.shape)
+        check4(self.q, self.scales, self.block, n)
+        if self.q.numel() > (n + 1) // 2 or self.scales[0].numel() > -(-n // self.block):
+            raise ValueError(
+                f"{self.q.numel()} bytes and {self.scales[0].numel()} scales are more than a weight of shape "
+                f"{self.shape} has in blocks of {self.block}: {(n + 1) // 2} and {-(-n // self.block)}"
+            )
+        if self.code.dtype != torch.float32 or self.code.shape != (16,):
+            raise ValueError(
+                f"the code is {self.code.dtype} of shape {tuple(self.code.shape)}; it has 16 float32 values"
+            )
 
     @property
     def double(self) -> bool:
@@ -49,7 +64,7 @@ class Packed:
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight as floats, in its own shape."""
         table, n = byte_table(self.code), math.prod(self.shape)
-        flat = dequantize4(self.q.view(-1), self.absmax(), table, self.block, n, dtype)
+        flat = dequantize4(self.q.view(-1), self.scales, table, self.block, n, dtype)
         return flat.view(self.shape)
 
 
@@ -72,12 +87,12 @@ def quantize_tensor(
     one NaN or inf would spoil its whole block without a word.
     """
     check_block(block)
-    code = codebook(kind).to(w.device)
+    code, cells = _tables(kind, w.device)
     if not w.is_floating_point():
         raise TypeError(f"{name} is {w.dtype}: only floating weights can be quantized")
     if w.numel() == 0:
         raise ValueError(f"{name} has shape {tuple(w.shape)}: nothing to quantize")
-    q, absmax = quantize4(w, code, block)
+    q, absmax = quantize4(w, code, block, cells)
     # A NaN or inf anywhere makes its block's absmax NaN or inf, so the scales tell without another pass
     if not torch.isfinite(absmax).all():
         bad = int((~torch.isfinite(w)).sum())
@@ -85,5 +100,13 @@ def quantize_tensor(
     scales: tuple[Tensor, ...] = (absmax,)
     if double:
         q2, absmax2, offset = quantize_scales(absmax)
-        scales = (q2, dynamic_map().to(w.device), absmax2, offset)
+        scales = (q2, nested_map(w.device), absmax2, offset)
     return Packed(kind, tuple(w.shape), block, pack_shape(tuple(w.shape), q), code, scales)
+
+
+@functools.cache
+def _tables(kind: str, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The code and its decision cells on a device, made once: a copy from the host would wait for the GPU."""
+    with torch.inference_mode(False):  # or, first asked for there, no backward could save them ever after
+        code = codebook(kind)
+        return code.to(device), decision_cells(code).to(device)

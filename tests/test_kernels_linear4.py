@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from lora.kernels.code4 import byte_table
+from lora.kernels.gemv4 import permute_table
 from lora.kernels.linear4 import Weight4, linear4, linears4
 from lora.quant.weight import Packed, quantize_tensor
 
@@ -14,7 +15,7 @@ def layer(N: int, K: int, double: bool = False, block: int = 32) -> Packed:
 
 
 def weight4(p: Packed) -> Weight4:
-    return Weight4(p.q.view(-1), p.scales, byte_table(p.code), p.block, (p.shape[0], p.shape[1]))
+    return Weight4(p.q.view(-1), p.scales, byte_table(p.code), permute_table(p.code), p.block, (p.shape[0], p.shape[1]))
 
 
 def call(x: Tensor, p: Packed, bias: Tensor | None = None, low: tuple[Tensor, Tensor, float] | None = None) -> Tensor:

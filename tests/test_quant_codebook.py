@@ -57,15 +57,17 @@ def test_codebooks_equal_bitsandbytes(kind: str) -> None:
     assert torch.equal(codebook(kind), functional.get_4bit_type(kind, device="cpu"))
 
 
-def test_dynamic_map_equals_bitsandbytes() -> None:
+@pytest.mark.parametrize("signed", [True, False])
+def test_dynamic_map_equals_bitsandbytes(signed: bool) -> None:
     functional = pytest.importorskip("bitsandbytes.functional")
-    assert words(dynamic_map()) == words(functional.create_dynamic_map(signed=True))
+    assert words(dynamic_map(signed)) == words(functional.create_dynamic_map(signed=signed))
 
 
-def test_dynamic_map_has_256_ascending_levels() -> None:
-    levels = dynamic_map()
+@pytest.mark.parametrize("signed", [True, False])
+def test_dynamic_map_has_256_ascending_levels(signed: bool) -> None:
+    levels = dynamic_map(signed)
     assert levels.shape == (256,) and levels.dtype == torch.float32
-    assert (levels.diff() > 0).all() and levels[-1] == 1.0 and (levels == 0).sum() == 1
+    assert (levels.diff() > 0).all() and levels[-1] == 1.0 and levels[127 if signed else 0] == 0
 
 
 def test_unknown_codebook_is_refused() -> None:

@@ -1,0 +1,204 @@
+"""A few rows through 4-bit weights: the kernel's own body, on a GPU and in Triton's interpreter.
+
+The interpreter knows no PTX, so there the four instructions that the kernel is built on are replaced by their
+definitions in Triton; everything else, addresses, masks, scales and sums, is the body that runs on a GPU.
+"""
+
+import pytest
+import torch
+from torch import Tensor
+
+from lora.kernels import gemv4 as kernel
+from lora.kernels._triton import tl, triton
+from lora.kernels.code4 import byte_table
+from lora.kernels.dispatch import INTERPRETED
+from lora.kernels.gemv4 import can_gemv4, gemv4, permute_table
+from lora.kernels.linear4 import Weight4, linears4
+from lora.quant.weight import Packed, quantize_tensor
+
+pytestmark = pytest.mark.usefixtures("triton_device")
+
+
+@triton.jit
+def load8(p):
+    words = p.to(tl.pointer_type(tl.int32))
+    return tl.load(words), tl.load(words + 1)
+
+
+@triton.jit
+def load32(p, have):
+    w, ok = p.to(tl.pointer_type(tl.int32)), have != 0
+    a, b = tl.load(w, mask=ok, other=0), tl.load(w + 1, mask=ok, other=0)
+    c, d = tl.load(w + 2, mask=ok, other=0), tl.load(w + 3, mask=ok, other=0)
+    e, f = tl.load(w + 4, mask=ok, other=0), tl.load(w + 5, mask=ok, other=0)
+    return a, b, c, d, e, f, tl.load(w + 6, mask=ok, other=0), tl.load(w + 7, mask=ok, other=0)
+
+
+@triton.jit
+def entry(nibble, t0, t1, t2, t3):
+    """Byte `nibble` of the 16-byte table."""
+    word = tl.where(nibble < 8, tl.where(nibble < 4, t0, t1), tl.where(nibble < 12, t2, t3))
+    return (word >> (nibble % 4 * 8)) & 255
+
+
+@triton.jit
+def pair(word, i: tl.constexpr, l0, l1, l2, l3, h0, h1, h2, h3):
+    """Elements i and i + 1 of a word, the first in the low half."""
+    first, second = (word >> (4 * i + 4)) & 15, (word >> (4 * i)) & 15
+    low = entry(first, l0, l1, l2, l3) | (entry(first, h0, h1, h2, h3) << 8)
+    return low | (entry(second, l0, l1, l2, l3) << 16) | (entry(second, h0, h1, h2, h3) << 24)
+
+
+@triton.jit
+def decode8(word, l0, l1, l2, l3, h0, h1, h2, h3):
+    return (
+        pair(word, 0, l0, l1, l2, l3, h0, h1, h2, h3),
+        pair(word, 2, l0, l1, l2, l3, h0, h1, h2, h3),
+        pair(word, 4, l0, l1, l2, l3, h0, h1, h2, h3),
+        pair(word, 6, l0, l1, l2, l3, h0, h1, h2, h3),
+    )
+
+
+@triton.jit
+def halves(word, HALF: tl.constexpr):
+    dtype: tl.constexpr = tl.float16 if HALF else tl.bfloat16
+    low, high = (word & 0xFFFF).to(tl.int16), ((word >> 16) & 0xFFFF).to(tl.int16)
+    return low.to(dtype, bitcast=True).to(tl.float32), high.to(dtype, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def part(a, b, HALF: tl.constexpr):
+    """(W, 8 rows, 8 tokens): the products of one operand word of each, summed over the four threads of a row."""
+    W: tl.constexpr = a.shape[0] // 32
+    al, ah = halves(tl.reshape(a, (W, 8, 1, 4)), HALF)
+    bl, bh = halves(tl.reshape(b, (W, 1, 8, 4)), HALF)
+    return tl.sum(al * bl + ah * bh, axis=3)
+
+
+@triton.jit
+def mma(a0, a1, a2, a3, b0, b1, c0, c1, c2, c3, HALF: tl.constexpr):
+    W: tl.constexpr = a0.shape[0] // 32
+    top = part(a0, b0, HALF) + part(a2, b1, HALF)
+    low = part(a1, b0, HALF) + part(a3, b1, HALF)
+    d0, d1 = tl.split(tl.reshape(top, (W, 8, 4, 2)))
+    d2, d3 = tl.split(tl.reshape(low, (W, 8, 4, 2)))
+    T: tl.constexpr = W * 32
+    return (
+        c0 + tl.reshape(d0, (T,)),
+        c1 + tl.reshape(d1, (T,)),
+        c2 + tl.reshape(d2, (T,)),
+        c3 + tl.reshape(d3, (T,)),
+    )
+
+
+@pytest.fixture(autouse=True)
+def definitions(monkeypatch: pytest.MonkeyPatch) -> None:
+    if INTERPRETED:
+        for name, function in (("_load8", load8), ("_load32", load32), ("_decode8", decode8), ("_mma", mma)):
+            monkeypatch.setattr(kernel, name, function)
+
+
+def packed(N: int, K: int, double: bool, device: torch.device, kind: str = "nf4", block: int = 64) -> Packed:
+    return quantize_tensor((torch.randn(N, K) * 0.02).to(device), kind, block, double)
+
+
+def call(x: Tensor, p: Packed, bias: Tensor | None = None, low: tuple[Tensor, Tensor, float] | None = None) -> Tensor:
+    return gemv4(x, p.q.view(-1), p.scales, permute_table(p.code), p.block, p.shape[0], bias, low)
+
+
+def exact(x: Tensor, p: Packed) -> tuple[Tensor, float]:
+    """x Wᵀ in float64, and how far a weight rounded to the dtype of x is from it."""
+    want = x.double() @ p.dequantize().double().T
+    rounded = x.double() @ p.dequantize(x.dtype).double().T
+    return want, float((rounded - want).norm())
+
+
+def test_permute_table_holds_the_codes_as_bytes(triton_device: torch.device) -> None:
+    p = packed(1, 64, False, triton_device)
+    table = permute_table(p.code)
+    assert table.shape == (2, 8, 32) and (table == table[:, :, :1]).all()
+    for row, dtype in enumerate((torch.bfloat16, torch.float16)):
+        low, high = (half[:, 0].contiguous().view(torch.uint8) for half in table[row].split(4))
+        bits = torch.stack((low.flatten(), high.flatten()), dim=1).flatten().view(dtype)
+        assert torch.equal(bits, p.code.to(dtype))
+
+
+@pytest.mark.parametrize("double", [False, True])
+@pytest.mark.parametrize(("N", "K", "M"), [(16, 64, 1), (40, 192, 3), (17, 320, 8), (33, 128, 13), (16, 576, 30)])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_gemv4_errs_less_than_a_rounded_weight(
+    triton_device: torch.device, dtype: torch.dtype, N: int, K: int, M: int, double: bool
+) -> None:
+    if INTERPRETED and dtype == torch.bfloat16:
+        pytest.skip("Triton's interpreter does not round bfloat16 stores to nearest; float16 runs the same body")
+    p = packed(N, K, double, triton_device, "fp4" if M == 3 else "nf4")
+    x = torch.randn(M, K, device=triton_device).to(dtype)
+    got = call(x, p)
+    want, rounded = exact(x, p)
+    store = float((want.to(dtype).double() - want).norm())  # the result is rounded to 16 bits in any case
+    assert got.shape == (M, N) and got.dtype == dtype
+    assert float((got.double() - want).norm()) <= 1.1 * rounded + 1.1 * store
+    assert torch.equal(got, call(x, p))
+
+
+@pytest.mark.parametrize("block", [128, 512, 4096])
+def test_gemv4_takes_every_block_of_64_and_more(triton_device: torch.device, block: int) -> None:
+    p = packed(20, 448, False, triton_device, block=block)  # blocks straddle rows
+    x = torch.randn(2, 448, device=triton_device).half()
+    want, rounded = exact(x, p)
+    assert float((call(x, p).double() - want).norm()) <= 1.1 * rounded + 1e-3 * float(want.norm())
+
+
+def test_gemv4_of_unit_vectors_reads_the_codes_out(triton_device: torch.device) -> None:
+    p = packed(24, 64, False, triton_device)
+    codes = torch.stack((p.q.view(-1) >> 4, p.q.view(-1) & 15), dim=1).flatten().long()
+    want = (p.code.half().float()[codes].view(-1, 64) * p.absmax()[:, None]).view(24, 64).half()
+    x = torch.eye(64, device=triton_device).half()
+    assert torch.equal(torch.cat([call(x[i : i + 16], p) for i in range(0, 64, 16)]).T, want)
+
+
+@pytest.mark.parametrize("r", [1, 6, 16])
+def test_gemv4_adds_bias_and_low_rank_update(triton_device: torch.device, r: int) -> None:
+    N, K, M = 23, 128, 5
+    p = packed(N, K, True, triton_device)
+    x, bias = torch.randn(M, K, device=triton_device).half(), torch.randn(N, device=triton_device).half()
+    a, b = torch.randn(r, K, device=triton_device), torch.randn(N, r, device=triton_device)
+    want = exact(x, p)[0] + bias.double() + 0.5 * (x.double() @ a.double().T) @ b.double().T
+    got = call(x, p, bias, (a, b, 0.5)).double()
+    assert float((got - want).norm() / want.norm()) < 2e-3
+
+
+def test_gemv4_does_not_depend_on_the_rows_beside(triton_device: torch.device) -> None:
+    p = packed(32, 256, True, triton_device)
+    x = torch.randn(8, 256, device=triton_device).half()
+    assert torch.equal(call(x, p)[3:4], call(x[3:4].contiguous(), p))
+
+
+def test_linears4_use_gemv4_where_nothing_learns(triton_device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    packs = [packed(16, 128, True, triton_device), packed(32, 128, True, triton_device)]
+    weights = [
+        Weight4(p.q.view(-1), p.scales, byte_table(p.code), permute_table(p.code), 64, (p.shape[0], 128)) for p in packs
+    ]
+    x = torch.randn(2, 1, 128, device=triton_device).half()
+    ys = linears4(x, weights, [None, None], [None, None])
+    assert [y.shape for y in ys] == [(2, 1, 16), (2, 1, 32)]
+    assert torch.equal(ys[1].view(2, 32), call(x.view(2, 128), packs[1]))
+    monkeypatch.setenv("LORA_KERNELS", "torch")
+    for y, plain in zip(ys, linears4(x, weights, [None, None], [None, None]), strict=True):
+        torch.testing.assert_close(y, plain, rtol=2e-2, atol=2e-3)
+
+
+def test_can_gemv4_says_no_where_the_kernel_would_be_wrong(triton_device: torch.device) -> None:
+    q = torch.zeros(64 * 96, dtype=torch.uint8, device=triton_device)
+    x = torch.zeros(4, 128, dtype=torch.float16, device=triton_device)
+    assert can_gemv4(x, q, 64, 128)
+    assert not can_gemv4(x, q, 32, 128)  # two scales in a run of 64
+    assert not can_gemv4(x[:, :96], q, 64, 96)  # a row ends inside a run
+    assert not can_gemv4(torch.zeros(65, 128, dtype=torch.float16, device=triton_device), q, 64, 128)
+    assert not can_gemv4(x.float(), q, 64, 128)
+
+
+def test_gemv4_refuses_rows_of_another_width(triton_device: torch.device) -> None:
+    p = packed(16, 128, False, triton_device)
+    with pytest.raises(ValueError, match=r"x of shape \(1, 192\) and 1024 bytes"):
+        call(torch.zeros(1, 192, dtype=torch.float16, device=triton_device), p)
