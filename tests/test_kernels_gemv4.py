@@ -50,7 +50,9 @@ def pair(word, i: tl.constexpr, l0, l1, l2, l3, h0, h1, h2, h3):
 
 
 @triton.jit
-def decode8(word, l0, l1, l2, l3, h0, h1, h2, h3):
+def decode8(word, low, high):
+    l0, l1, l2, l3 = low
+    h0, h1, h2, h3 = high
     return (
         pair(word, 0, l0, l1, l2, l3, h0, h1, h2, h3),
         pair(word, 2, l0, l1, l2, l3, h0, h1, h2, h3),

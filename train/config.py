@@ -24,6 +24,7 @@ class TrainConfig:
         beta1: AdamW's decay of the mean gradient
         beta2: AdamW's decay of the mean squared gradient
         eps: AdamW's guard against division by zero
+        optim_bits: bits of each of AdamW's two moments, 32 or 8; 8 keep 2 bytes a parameter instead of 8
         clip: largest joint norm of the gradients; 0 leaves them as they are
         max_length: longest row in tokens; None takes the model's own limit
         eval_every: steps between evaluations on the validation rows; 0 evaluates at the end only
@@ -43,6 +44,7 @@ class TrainConfig:
     beta1: float = 0.9
     beta2: float = 0.999
     eps: float = 1e-8
+    optim_bits: int = 32
     clip: float = 1.0
     max_length: int | None = None
     eval_every: int = 0
@@ -60,6 +62,8 @@ class TrainConfig:
             value = getattr(self, key)
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise ValueError(f"{key}={value!r}: a whole number, at least 1, or None")
+        if self.optim_bits not in (32, 8):
+            raise ValueError(f"optim_bits={self.optim_bits!r}: 32 or 8")
         for key in ("epochs", "lr", "eps"):
             value = getattr(self, key)
             if not math.isfinite(value) or value <= 0:
