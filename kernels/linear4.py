@@ -160,5 +160,6 @@ def linears4(
             gemv4(rows, w.q, w.scales, w.permute, w.block, w.shape[0], bias, low).view(*x.shape[:-1], w.shape[0])
             for w, bias, low in zip(weights, biases, lows, strict=True)
         )
+    flat = [t if t is None else t.to(x.dtype) for t in flat]  # the factors are float32, and enter in the dtype of x
     y = _Linear4.apply(x, tuple(weights), tuple(low[2] if low else 0.0 for low in lows), *flat)
     return y if isinstance(y, tuple) else (y,)

@@ -90,16 +90,16 @@ class LoRALinear(Adapted):
         if self.merged is not None and not self.off:
             return self.merged(x)
         if isinstance(self.base, Linear4bit):
-            low, rest = self.split(x.dtype)
+            low, rest = self.split()
             return add_all(self.base(x, low), x, rest, self.training)
         return add_all(self.base(x), x, self.on(), self.training)
 
-    def split(self, dtype: torch.dtype) -> tuple[Low | None, list[Adapter]]:
+    def split(self) -> tuple[Low | None, list[Adapter]]:
         """The adapter that a 4-bit base adds in its own pass, and those to be added behind it."""
         on = self.on()
         if not on or (self.training and on[0].dropout):
             return None, on
-        return (on[0].a.to(dtype), on[0].b.to(dtype), on[0].scale), on[1:]
+        return (on[0].a, on[0].b, on[0].scale), on[1:]
 
     def delta(self) -> Tensor:
         """What the active adapters add to the weight, in the base's own layout, float32."""
@@ -126,7 +126,7 @@ def together(x: Tensor, *layers: nn.Module) -> list[Tensor]:
         base = wrapped.base if wrapped else layer
         if type(base) is not Linear4bit or is_hooked(layer) or is_hooked(base):
             return [layer(x) for layer in layers]
-        low, rest = wrapped.split(x.dtype) if wrapped else (None, [])
+        low, rest = wrapped.split() if wrapped else (None, [])
         bases.append(base)
         lows.append(low)
         rests.append(rest)

@@ -4,16 +4,19 @@ Prompts of different length are padded on the left, where a mask hides the paddi
 prompt's own first token, so that a row gives the same tokens alone and in a batch.
 """
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lora.models.decode import decoder_for
 from lora.models.llama import Llama
 from lora.models.tokenizer import Tokenizer
 
 Prompt = str | Sequence[dict[str, Any]]
+ASK = 8  # tokens between two questions to the GPU
 
 
 def generate(
@@ -122,30 +125,26 @@ def _run(
 ) -> list[list[int]]:
     B, T = len(prompts), max(map(len, prompts))
     ids = torch.zeros(B, T, dtype=torch.int64)
-    real = torch.zeros(B, T + max_new_tokens, dtype=torch.bool)
+    real = torch.zeros(B, T, dtype=torch.bool)
     for row, prompt in enumerate(prompts):
         ids[row, T - len(prompt) :] = torch.tensor(prompt)
         real[row, T - len(prompt) :] = True
-    padded = not bool(real.all())
     ids, real = ids.to(device), real.to(device)
-    positions = (real[:, :T].cumsum(dim=1) - 1).clamp(min=0)
-    cache = model.new_cache(B, T + max_new_tokens)
-    made: list[list[int]] = [[] for _ in prompts]
-    running = set(range(B))
+    decoder = decoder_for(model, B, T + max_new_tokens)
+    ends = torch.tensor(sorted(stop), dtype=torch.int64, device=device)
+    logits = decoder.begin(ids, real)
+    tokens: list[Tensor] = []
+    stopped = torch.zeros(B, dtype=torch.bool, device=device)
     for step in range(max_new_tokens):
-        h = model.hidden(ids, real[:, : cache.used + ids.shape[1]] if padded else None, positions, cache)
-        logits = model.lm_head(h[:, -1]).float()  # (B, V)
-        token = pick(logits, temperature, top_k, top_p, draw)
-        for row, t in enumerate(token.tolist()):
-            if row in running:
-                if t in stop:
-                    running.discard(row)
-                else:
-                    made[row].append(t)
-        if not running or step + 1 == max_new_tokens:
+        tokens.append(pick(logits, temperature, top_k, top_p, draw))  # (B,)
+        stopped |= torch.isin(tokens[-1], ends)
+        # asking a GPU whether all rows have stopped waits for it, so it is asked now and then
+        ask = device.type == "cpu" or step % ASK == ASK - 1
+        if step + 1 == max_new_tokens or (ask and bool(stopped.all())):
             break
-        ids, positions = token[:, None], positions[:, -1:] + 1
-    return made
+        logits = decoder.step(tokens[-1])
+    rows = torch.stack(tokens, dim=1).tolist()
+    return [list(itertools.takewhile(lambda t: t not in stop, row)) for row in rows]
 
 
 def pick(logits: Tensor, temperature: float, top_k: int, top_p: float, draw: torch.Generator | None) -> Tensor:
