@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lora.kernels._triton import tl, triton
 from lora.kernels.dispatch import use_triton
-from lora.kernels.rope import rope
+from lora.kernels.rope import turn_ref
 
 
 # ---- reference ----
@@ -24,9 +24,9 @@ def attend_ref(
     B, Hkv, S, D = keys.shape
     turn = (t[:, None, None].to(q.dtype) for t in (cos, sin))
     cos, sin = turn  # (B, 1, 1, D / 2)
-    q = rope(q.view(B, 1, -1, D), cos, sin)[:, 0]  # (B, H, D)
+    q = turn_ref(q.view(B, 1, -1, D), cos, sin)[:, 0]  # (B, H, D)
     slot = at.view(1, 1, 1, 1).expand(B, Hkv, 1, D)
-    keys.scatter_(2, slot, rope(k.view(B, 1, Hkv, D), cos, sin).transpose(1, 2))
+    keys.scatter_(2, slot, turn_ref(k.view(B, 1, Hkv, D), cos, sin).transpose(1, 2))
     values.scatter_(2, slot, v.view(B, Hkv, 1, D))
     G = q.shape[1] // Hkv
     z = torch.einsum("bhgd,bhsd->bhgs", q.view(B, Hkv, G, D).float(), keys.float()) * D**-0.5

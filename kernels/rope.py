@@ -18,7 +18,7 @@ from lora.kernels.dispatch import use_triton
 
 
 # ---- reference ----
-def _turn_ref(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def turn_ref(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     half = x.shape[-1] // 2
     x1, x2 = x[..., :half], x[..., half:]
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -139,7 +139,7 @@ def _(xs: list[Tensor], cos: Tensor, sin: Tensor, back: bool) -> list[Tensor]:
 
 def _turn(xs: tuple[Tensor, ...], cos: Tensor, sin: Tensor, back: bool) -> tuple[Tensor, ...]:
     if not use_triton(*xs, cos, sin):
-        return tuple(_turn_ref(x, cos, -sin if back else sin) for x in xs)
+        return tuple(turn_ref(x, cos, -sin if back else sin) for x in xs)
     if cos.stride() != sin.stride() or cos.stride(-1) != 1:  # one set of strides serves both tables
         cos, sin = cos.contiguous(), sin.contiguous()
     return tuple(_turn_op([x if x.stride(-1) == 1 else x.contiguous() for x in xs], cos, sin, back))
