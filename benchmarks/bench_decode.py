@@ -80,10 +80,10 @@ def peer(layers: int):
                 compress_statistics=True, quant_type="nf4", device="meta",
             )  # fmt: skip
             w = bnb.nn.Params4bit(module.weight.data, requires_grad=False, compress_statistics=True, quant_type="nf4")
-            four.weight = w.to("cuda")
+            four.weight = w.cuda()
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, four)
-            module.weight = None
+            del module.weight
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     return get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules=targets, task_type="CAUSAL_LM")).eval()
 
@@ -127,15 +127,15 @@ def main() -> None:
         assert all(len(row) == args.new for row in made)
         decoder = decoder_for(model, batch, 32 + args.new)
         token = torch.zeros(batch, dtype=torch.int64, device="cuda")
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         decoder.at.fill_(32)
-        start.record()
+        first.record()
         for _ in range(64):
             decoder.step(token)
-        end.record()
+        last.record()
         torch.cuda.synchronize()
         row = {"who": "ours", "batch": batch, "tok_s": batch * args.new / seconds}
-        row |= {"step_ms": start.elapsed_time(end) / 64, "peak_gib": torch.cuda.max_memory_allocated() / 2**30}
+        row |= {"step_ms": first.elapsed_time(last) / 64, "peak_gib": torch.cuda.max_memory_allocated() / 2**30}
         rows.append(row)
         print("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()), flush=True)
         if args.profile:

@@ -107,6 +107,11 @@ def _chat(row: Row, tokenizer: Tokenizer, number: int) -> tuple[list[int], list[
             continue
         before = tokenizer.render(messages[:i], prompt=True)
         after = tokenizer.render(messages[: i + 1])
+        if i == 0 and not after.startswith(before):
+            raise ValueError(
+                f"row {number}: the chat begins with an answer, and the chat template of {tokenizer.source} then puts "
+                "a turn of its own before it; begin with a system or user turn"
+            )
         if not after.startswith(before) or not text.startswith(after):
             raise ValueError(
                 f"row {number}: the chat template of {tokenizer.source} writes turn {i} otherwise once it is answered "

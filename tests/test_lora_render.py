@@ -120,6 +120,12 @@ def test_a_template_that_rewrites_earlier_turns_is_refused(smollm2_files: Path) 
         render([{"messages": [ASK, says("Blue."), ASK, says("Red.")]}], tokenizer, 512)
 
 
+def test_a_chat_that_begins_with_an_answer_is_refused_where_the_template_adds_a_turn(smollm2: Tokenizer) -> None:
+    row = {"messages": [{"role": "assistant", "content": "hi"}, {"role": "user", "content": "yes?"}]}
+    with pytest.raises(ValueError, match="row 0: the chat begins with an answer"):
+        render([row], smollm2, 64)
+
+
 def test_a_template_may_refuse_the_messages(smollm2_files: Path) -> None:
     tokenizer = Tokenizer.from_directory(smollm2_files)
     tokenizer.chat_template = "{{ raise_exception('no system turns here') }}"
