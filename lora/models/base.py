@@ -1,0 +1,205 @@
+"""What every family shares: the face that loading, generation, loss and writing use, the cache, masks and attention.
+
+A family is one file with a config class (`from_json`, `to_json`, `build`) and a model class, and one line in
+families.py.  A language model derives from `CausalLM` and gives `hidden`, `embedding`, `norm` and the head.
+"""
+
+from collections.abc import Sequence
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor, nn
+
+
+class Config(Protocol):
+    """Shapes and constants of a model, whatever its family."""
+
+    vocab_size: int
+    max_length: int
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    tied: bool
+
+    def to_json(self) -> dict[str, Any]: ...
+
+
+class Model(nn.Module):
+    """A model that `load` fills and `save_pretrained` writes.
+
+    Module names are those of the checkpoints as far as possible; `read` and `write` translate the rest.
+    """
+
+    config: Any
+    # Prefixes of parameters that a checkpoint may lack: they are new, drawn at random, and to be trained
+    new: ClassVar[tuple[str, ...]] = ()
+
+    def read(self, name: str, tensor: Tensor) -> tuple[str, Tensor] | None:
+        """Our name and layout of a checkpoint's tensor; None for one that is computed here."""
+        return name, tensor
+
+    def write(self, name: str, tensor: Tensor) -> tuple[str, Tensor]:
+        """The checkpoint's name and layout of a parameter of ours; undoes `read`."""
+        return name, tensor
+
+    def tie(self) -> None:
+        """Makes parameters that are one in the config share their storage."""
+
+    def tied_name(self) -> str | None:
+        """The parameter that is another's and so is left out of a file, or None."""
+        return None
+
+
+class CausalLM(Model):
+    """A decoder-only language model. Call it with token ids (B, T) for logits (B, T, V)."""
+
+    softcap: float | None = None  # logits = softcap * tanh(logits / softcap)
+    lm_head: nn.Module
+
+    def embedding(self) -> nn.Module:
+        """The layer from token ids to states."""
+        raise NotImplementedError
+
+    def norm(self) -> nn.Module:
+        """The norm before the head; its weight tells the model's device and dtype."""
+        raise NotImplementedError
+
+    def hidden(
+        self,
+        ids: Tensor,
+        padding: Tensor | None = None,
+        positions: Tensor | None = None,
+        cache: "Cache | None" = None,
+    ) -> Tensor:
+        """The states (B, T, d) that the head reads.
+
+        ids (B, T) int64.  `padding` (B, S) bool marks real tokens, S counting those in the cache; it is needed only
+        when padding stands before real tokens, since attention never looks ahead.  `positions` (B, T) defaults to
+        counting from the cache's end.
+
+        Raises ValueError where the row is longer than the model was built for.
+        """
+        raise NotImplementedError
+
+    def logits(self, h: Tensor) -> Tensor:
+        """Logits (..., V) of states (..., d)."""
+        logits = self.lm_head(h)
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+    def forward(
+        self,
+        ids: Tensor,
+        padding: Tensor | None = None,
+        positions: Tensor | None = None,
+        cache: "Cache | None" = None,
+    ) -> Tensor:
+        return self.logits(self.hidden(ids, padding, positions, cache))
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def tie(self) -> None:
+        if self.config.tied:
+            self.lm_head.weight = self.embedding().weight
+
+    def tied_name(self) -> str | None:
+        return "lm_head.weight" if self.config.tied else None
+
+    def new_cache(self, batch: int, length: int) -> "Cache":
+        """An empty cache for `batch` rows of up to `length` tokens."""
+        weight = self.norm().weight
+        assert isinstance(weight, Tensor)
+        return Cache(self.config, batch, length, weight.device, weight.dtype)
+
+    def where(self, ids: Tensor, positions: Tensor | None, cache: "Cache | None") -> tuple[int, Tensor]:
+        """Tokens in the cache already, and the positions (B or 1, T) of `ids`; refuses a row that is too long."""
+        used, T = cache.used if cache is not None else 0, ids.shape[1]
+        if used + T > self.config.max_length:
+            raise ValueError(f"{used + T} tokens in a row, and this model was built for {self.config.max_length}")
+        if positions is None:
+            positions = torch.arange(used, used + T, device=ids.device)[None]
+        return used, positions
+
+
+class Cache:
+    """Keys and values of the tokens so far: per layer (B, H_kv, length, D) twice, allocated once."""
+
+    def __init__(self, config: Config, batch: int, length: int, device: torch.device, dtype: torch.dtype) -> None:
+        shape = (config.num_layers, 2, batch, config.num_kv_heads, length, config.head_dim)
+        self.kv = torch.zeros(shape, dtype=dtype, device=device)
+        self.used = 0
+
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Stores k, v (B, H_kv, T, D) behind what is there and returns all keys and values of the layer."""
+        end = self.used + k.shape[2]
+        self.kv[layer, 0, :, :, self.used : end] = k
+        self.kv[layer, 1, :, :, self.used : end] = v
+        return self.kv[layer, 0, :, :, :end], self.kv[layer, 1, :, :, :end]
+
+
+def causal_mask(
+    T: int, used: int, padding: Tensor | None, device: torch.device, window: int | None = None
+) -> Tensor | None:
+    """Which key (S = used + T of them) each of T queries sees: bool (T, S) or (B, 1, T, S); None for plain causal.
+
+    A query sees itself and what stands before it, of that the last `window` keys (itself counted) and no padding.
+    """
+    S = used + T
+    if padding is None and (not used or T == 1) and (window is None or S <= window):
+        return None
+    key = torch.arange(S, device=device)
+    query = key[used:, None]
+    mask = key <= query
+    if window is not None:
+        mask = mask & (key > query - window)
+    if padding is not None:
+        mask = mask[None, None] & padding[:, None, None, :]
+        # a padded query sees no key at all, and softmax over nothing is NaN: let it see everything
+        mask = mask | ~mask.any(dim=-1, keepdim=True)
+    return mask
+
+
+def attention(
+    q: Tensor,  # (B, H, T, D)
+    k: Tensor,  # (B, H_kv, S, D)
+    v: Tensor,
+    mask: Tensor | None,  # of causal_mask, or float to be added to the scores
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """softmax(q kᵀ · scale + mask) v, (B, H, T, D); query heads of a group read the same key head.
+
+    `scale` defaults to D ** -0.5; `softcap` squeezes the scores into ±softcap by tanh before the mask.
+    """
+    groups = q.shape[1] // k.shape[1]
+    if groups > 1:
+        k = k.repeat_interleave(groups, dim=1)
+        v = v.repeat_interleave(groups, dim=1)
+    causal = mask is None and q.shape[2] > 1
+    if softcap is None:
+        return nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale)
+    scores = q @ k.transpose(-1, -2) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    scores = softcap * torch.tanh(scores / softcap)
+    if causal:
+        T, S = q.shape[2], k.shape[2]
+        mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    return scores.softmax(dim=-1, dtype=torch.float32).to(v.dtype) @ v
+
+
+def ints(c: dict[str, Any], need: Sequence[str]) -> None:
+    """Raises ValueError naming the keys of a config.json that are missing or no whole numbers."""
+    missing = [key for key in need if not isinstance(c.get(key), int)]
+    if missing:
+        raise ValueError(f"config.json lacks {', '.join(missing)}, or holds no whole number there")
+
+
+def new_embedding(rows: int, d: int) -> nn.Embedding:
+    """An embedding table, at random.
+
+    nn.Embedding would draw normal numbers, which on the meta device imports 150 MB of torch's compiler.
+    """
+    table = torch.empty(rows, d)
+    return nn.Embedding.from_pretrained(table if table.is_meta else table.normal_(), freeze=False)
