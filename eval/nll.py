@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lora.kernels.cross_entropy import linear_cross_entropy
-from lora.models.llama import Llama
+from lora.models.base import CausalLM
 from lora.render import Batch, Example, collate
 
 
@@ -20,13 +20,13 @@ def token_nll(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
 
     Takes our models, and any that maps input_ids and attention_mask to something with logits (transformers').
     """
-    if isinstance(model, Llama):
+    if isinstance(model, CausalLM):
         h = model.hidden(batch.ids)
         h = h.reshape(-1, h.shape[-1]).index_select(0, batch.at)  # (n, d)
         head = model.lm_head
-        if type(head) is nn.Linear and not head.weight.requires_grad:
+        if type(head) is nn.Linear and not head.weight.requires_grad and model.softcap is None:
             return linear_cross_entropy(h, head.weight, batch.target)
-        logits = head(h).float()
+        logits = model.logits(h).float()
     else:
         logits = model(input_ids=batch.ids, attention_mask=batch.real.long()).logits
         logits = logits.reshape(-1, logits.shape[-1]).index_select(0, batch.at).float()

@@ -219,7 +219,7 @@ def _merge(a: Namespace) -> None:
     refuse_filled(Path(a.out))
     model, tokenizer = lora.load(a.model, quantize=a.quantize, **_dtype_device(a))
     lora.attach(model, a.adapter)
-    ids = torch.tensor([tokenizer.encode(PROBE)], device=model.model.norm.weight.device)
+    ids = torch.tensor([tokenizer.encode(PROBE)], device=next(model.parameters()).device)
     with torch.no_grad():
         want = model(ids).float()
         lora.merge(model)

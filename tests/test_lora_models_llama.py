@@ -5,10 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tokenizers
 import torch
 import transformers
-from tokenizers import decoders, models, pre_tokenizers
+from tiny import give_tokenizer
 
 import lora
 from lora.models.llama import LlamaConfig
@@ -47,13 +46,7 @@ def tiny(folder: Path, shard: str = "5GB", **settings: Any) -> transformers.Llam
         if p.dim() == 1:  # biases begin at 0 and norms at 1, where mistakes with them would not show
             p.add_(0.1 * torch.randn_like(p))
     model.save_pretrained(folder, max_shard_size=shard)
-    vocab = {token: i for i, token in enumerate(["</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())])}
-    backend = tokenizers.Tokenizer(models.BPE(vocab, []))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens(["</s>"])
-    backend.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
+    give_tokenizer(folder)
     return model
 
 
@@ -127,7 +120,7 @@ def test_config_survives_its_own_json() -> None:
     scaling = {k: v for k, v in LLAMA3.items() if k != "rope_theta"}
     config = LlamaConfig(
         vocab_size=9, hidden_size=8, intermediate_size=7, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=6,
-        max_length=5, eps=1e-5, rope_theta=3.0, rope_scaling=scaling, attention_bias=True, tied=True,
+        max_length=5, eps=1e-5, rope_theta=3.0, rope_scaling=scaling, attention_bias=True, output_bias=True, tied=True,
     )  # fmt: skip
     assert LlamaConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
 

@@ -23,7 +23,7 @@ from lora.eval.report import write_report
 from lora.files import refuse_filled, write_text
 from lora.kernels.scratch import keep_pages
 from lora.layer import adapted
-from lora.models.llama import Llama
+from lora.models.base import Model
 from lora.models.save import save_pretrained
 from lora.models.tokenizer import Tokenizer
 from lora.render import Example, collate, length_limit, render
@@ -102,7 +102,7 @@ def fit(
     adapter = None
     if out and adapter_names(model):
         adapter = save(model, out / "adapter", name=_trained_name(model))
-    elif out and isinstance(model, Llama):
+    elif out and isinstance(model, Model):
         save_pretrained(model, tokenizer, out / "model", dtype=trainable[0].dtype)
     if out:
         _report(out, model, tokenizer, valid if held_out and adapter else None, log.history, config)

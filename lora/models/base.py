@@ -61,7 +61,7 @@ class CausalLM(Model):
         raise NotImplementedError
 
     def norm(self) -> nn.Module:
-        """The norm before the head; its weight tells the model's device and dtype."""
+        """The norm before the head."""
         raise NotImplementedError
 
     def hidden(
@@ -107,9 +107,13 @@ class CausalLM(Model):
 
     def new_cache(self, batch: int, length: int) -> "Cache":
         """An empty cache for `batch` rows of up to `length` tokens."""
+        return Cache(self.config, batch, length, *self.place())
+
+    def place(self) -> tuple[torch.device, torch.dtype]:
+        """Where the states lie, and in what."""
         weight = self.norm().weight
         assert isinstance(weight, Tensor)
-        return Cache(self.config, batch, length, weight.device, weight.dtype)
+        return weight.device, weight.dtype
 
     def where(self, ids: Tensor, positions: Tensor | None, cache: "Cache | None") -> tuple[int, Tensor]:
         """Tokens in the cache already, and the positions (B or 1, T) of `ids`; refuses a row that is too long."""
@@ -145,7 +149,7 @@ def causal_mask(
     A query sees itself and what stands before it, of that the last `window` keys (itself counted) and no padding.
     """
     S = used + T
-    if padding is None and (not used or T == 1) and (window is None or S <= window):
+    if padding is None and (not used or T == 1) and (window is None or window >= S):
         return None
     key = torch.arange(S, device=device)
     query = key[used:, None]

@@ -16,26 +16,26 @@ from lora.kernels.attend import attend
 from lora.kernels.norm import rms_norm_add
 from lora.kernels.swiglu import swiglu
 from lora.layer import adapted, together
-from lora.models.llama import MLP, Attention, Block, Cache, Llama, RMSNorm
+from lora.models.base import Cache, CausalLM
+from lora.models.llama import MLP, Attention, Block, Llama, RMSNorm
 
 
 class Decoder:
     """The state of `batch` rows of up to `length` tokens: fill it with `begin`, then call `step` for token by token."""
 
-    def __init__(self, model: Llama, batch: int, length: int) -> None:
-        norm = model.model.norm.weight
-        device = norm.device
-        self.model, self.batch, self.length, self.made_for = model, batch, length, recording_of(model)
+    def __init__(self, model: CausalLM, batch: int, length: int) -> None:
+        device, _ = model.place()
+        self.model: Any = model
+        self.batch, self.length, self.made_for = batch, length, recording_of(model)
         self.cache: Cache = model.new_cache(batch, length)
         self.at = torch.zeros(1, dtype=torch.int64, device=device)  # the slot that the next token takes
         self.start = torch.zeros(batch, dtype=torch.int64, device=device)  # a row's first real slot
         self.token = torch.zeros(batch, dtype=torch.int64, device=device)
         self.logits: Tensor | None = None
-        self.inv_freq = model.config.inv_freq().to(device)
         self.graph: torch.cuda.CUDAGraph | None = None
-        # A whole attention or MLP may have been replaced by a trained copy, which the step below would look past
-        parts = [(type(b), type(b.self_attn), type(b.mlp)) for b in model.model.layers]  # type: ignore[union-attr]
-        self.plain = all(part == (Block, Attention, MLP) for part in parts)
+        self.plain = plain(model, length)
+        if self.plain:
+            self.inv_freq = model.config.inv_freq().to(device)
 
     def begin(self, ids: Tensor, real: Tensor) -> Tensor:
         """Reads prompts ids (B, T), padded on the left where `real` (B, T) is False; logits (B, V) of what follows."""
@@ -45,7 +45,7 @@ class Decoder:
         self.start.copy_((~real).sum(dim=1))
         positions = (real.cumsum(dim=1) - 1).clamp(min=0)
         padding = None if bool(real.all()) else real
-        return self.model.lm_head(self.model.hidden(ids, padding, positions, self.cache)[:, -1]).float()
+        return self.model.logits(self.model.hidden(ids, padding, positions, self.cache)[:, -1]).float()
 
     def step(self, token: Tensor) -> Tensor:
         """Takes a token (B,) into the cache; logits (B, V) float32 of the one behind it, valid until the next step."""
@@ -95,12 +95,24 @@ class Decoder:
         return self.model.lm_head(h).float()
 
     def _plain_step(self) -> Tensor:
-        """The same by the model's own forward, for a model whose blocks are not those of llama.py any more."""
+        """The same by the model's own forward, for a model whose blocks are not those of llama.py (any more)."""
         used = self.cache.used
         real = torch.arange(used + 1, device=self.start.device) >= self.start[:, None]
         positions = (used - self.start)[:, None]
         h = self.model.hidden(self.token[:, None], real, positions, self.cache)
-        return self.model.lm_head(h[:, -1]).float()
+        return self.model.logits(h[:, -1]).float()
+
+
+def plain(model: CausalLM, length: int) -> bool:
+    """Whether the step of this file is the model's own: Llama's blocks, no norms on q and k, no window in reach.
+
+    A whole attention or MLP may have been replaced by a trained copy, which the step would look past.
+    """
+    if type(model) is not Llama or model.config.qk_norm:
+        return False
+    if any(w is not None and w < length for w in model.config.windows):
+        return False
+    return all((type(b), type(b.self_attn), type(b.mlp)) == (Block, Attention, MLP) for b in model.model.layers)  # type: ignore[union-attr]
 
 
 def _norm_add(norm: nn.Module, more: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -111,13 +123,13 @@ def _norm_add(norm: nn.Module, more: Tensor, x: Tensor) -> tuple[Tensor, Tensor]
     return norm(x), x
 
 
-def recording_of(model: Llama) -> tuple[object, ...]:
+def recording_of(model: CausalLM) -> tuple[object, ...]:
     """What a recording depends on besides its shapes: where weights lie, and which adapters take part."""
     layers = tuple((layer.active, layer.off, layer.merged is not None) for _, layer in adapted(model))
     return (*layers, *(t.data_ptr() for t in (*model.parameters(), *model.buffers())))
 
 
-def decoder_for(model: Llama, batch: int, length: int) -> Decoder:
+def decoder_for(model: CausalLM, batch: int, length: int) -> Decoder:
     """The model's decoder for this shape: the one of the last call where it still fits, else a new one.
 
     Lengths are rounded up to 128 tokens, so that prompts of like length share a recording.

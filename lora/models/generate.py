@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lora.models.base import CausalLM
 from lora.models.decode import decoder_for
-from lora.models.llama import Llama
 from lora.models.tokenizer import Tokenizer
 
 Prompt = str | Sequence[dict[str, Any]]
@@ -77,7 +77,7 @@ def generate_ids(
     batch: int = 32,
 ) -> list[list[int]]:
     """New token ids for each prompt's ids, up to but not including a stop token. See `generate`."""
-    if not isinstance(model, Llama):
+    if not isinstance(model, CausalLM):
         raise TypeError(f"{type(model).__name__} is not a model of lora.load; use its own generate method")
     if temperature < 0 or not 0 < top_p <= 1 or top_k < 0 or max_new_tokens < 1:
         raise ValueError(
@@ -92,7 +92,7 @@ def generate_ids(
                 f"prompt {i} has {len(ids)} tokens; with max_new_tokens={max_new_tokens} that passes the "
                 f"{model.config.max_length} this model was built for"
             )
-    device = model.model.norm.weight.device
+    device, _ = model.place()
     draw = torch.Generator(device).manual_seed(seed) if seed is not None else None
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # neighbours in length pad each other least
     made: list[list[int]] = [[] for _ in prompts]
@@ -113,7 +113,7 @@ def generate_ids(
 
 @torch.no_grad()
 def _run(
-    model: Llama,
+    model: CausalLM,
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     stop: set[int],

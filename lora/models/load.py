@@ -4,16 +4,19 @@ Tensors come one at a time.  A linear layer that is to be quantized is packed as
 the peak is the finished model plus one tensor.  Pickled checkpoints are refused: reading them can run code.
 """
 
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from lora.files import read_json
+from lora.models.base import CausalLM, Model
+from lora.models.families import FAMILIES
 from lora.models.gguf import GGUF
-from lora.models.llama import Llama, LlamaConfig
 from lora.models.tokenizer import Tokenizer
 from lora.quant.checkpoint import STATE, from_tensors
 from lora.quant.codebook import codebook
@@ -21,7 +24,8 @@ from lora.quant.linear import Linear4bit, is_skipped
 from lora.quant.weight import Packed, check_block, quantize_tensor
 
 # Written by some tools, and computed here: not missed, not loaded
-_DERIVED = ("rotary_emb.inv_freq", "position_ids", "attn.bias", "attn.masked_bias")
+_DERIVED = ("rotary_emb.inv_freq", "position_ids")
+SKIP = ("lm_head", "classifier", "score")  # heads: they stay dense unless told otherwise
 
 
 def load(
@@ -32,8 +36,8 @@ def load(
     *,
     block: int = 64,
     double: bool = True,
-    skip: Sequence[str] = ("lm_head",),
-) -> tuple[Llama, Tokenizer]:
+    skip: Sequence[str] = SKIP,
+) -> tuple[Any, Tokenizer]:
     """The model, in eval mode with every weight frozen, and its tokenizer.
 
     Args:
@@ -54,13 +58,13 @@ def load(
         check_block(block)
     if path.is_file() and path.suffix == ".gguf":
         file = GGUF(path)
-        config, tensors, stored = file.config(), None, torch.float32
+        config, stored = file.config(), torch.float32
         tensors = file.tensors(config)
         beside = path.parent / "tokenizer.json"
         tokenizer = Tokenizer.from_directory(path.parent) if beside.is_file() else file.tokenizer()
     elif path.is_dir():
         raw = _config(path)
-        config, stored = LlamaConfig.from_json(raw), _stored_dtype(raw)
+        config, stored = FAMILIES[raw["model_type"]].from_json(raw), _stored_dtype(raw)
         tokenizer = Tokenizer.from_directory(path)
         tensors = _safetensors(path)
     elif not path.exists():
@@ -91,8 +95,8 @@ def _config(folder: Path) -> dict:
         raise FileNotFoundError(f"{folder} holds no config.json; it is not a model folder")
     config = read_json(folder / "config.json")
     kind = config.get("model_type") if isinstance(config, dict) else None
-    if kind != "llama":
-        raise ValueError(f"{folder}: model_type {kind!r} is not known yet; there is 'llama'")
+    if kind not in FAMILIES:
+        raise ValueError(f"{folder}: model_type {kind!r} is not known; there are {', '.join(sorted(FAMILIES))}")
     return config
 
 
@@ -130,7 +134,7 @@ def _safetensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
 
 
 def _fill(
-    config: LlamaConfig,
+    config: Any,
     tensors: Iterator[tuple[str, Tensor]],
     dtype: torch.dtype,
     device: torch.device,
@@ -139,29 +143,35 @@ def _fill(
     block: int,
     double: bool,
     skip: Sequence[str],
-) -> Llama:
+) -> Model:
     with torch.device("meta"):
-        model = Llama(config)
+        model: Model = config.build()
     want = dict(model.named_parameters())
+    tied = model.tied_name()
     got: set[str] = set()
     extra: list[str] = []
     parts: dict[str, dict[str, Tensor]] = {}  # tensors of pre-quantized weights, until the last has come
     tied_head = None
     for name, tensor in tensors:
-        weight = name.split(".weight.")[0] + ".weight" if ".weight." in name else name
-        if ".weight." in name or tensor.dtype == torch.uint8:
-            parts.setdefault(weight, {})[name] = tensor
+        if ".weight." in name or tensor.dtype == torch.uint8:  # a part of a 4-bit weight, which lies as ours do
+            whole, dot, part = name.partition(".weight.")
+            ours = model.read(whole if not dot else whole + ".weight", tensor.new_empty(0))
+            owner = name if ours is None else ours[0]
+            parts.setdefault(owner, {})[f"{owner}.{part}" if dot else owner] = tensor
             continue
-        if name == "lm_head.weight" and config.tied:
+        there, ours = name, model.read(name, tensor)
+        if ours is None or there.endswith(_DERIVED):
+            continue
+        name, tensor = ours
+        if name == tied:
             tied_head = tensor
             continue
         if name not in want:
-            if not name.endswith(_DERIVED):
-                extra.append(name)
+            extra.append(there)
             continue
         if tuple(tensor.shape) != tuple(want[name].shape):
             raise ValueError(
-                f"{path}: {name} has shape {tuple(tensor.shape)}, and config.json asks for {tuple(want[name].shape)}"
+                f"{path}: {there} has shape {tuple(tensor.shape)}, and config.json asks for {tuple(want[name].shape)}"
             )
         owner, _, leaf = name.rpartition(".")
         layer = model.get_submodule(owner)
@@ -185,19 +195,29 @@ def _fill(
         _place(model, weight.removesuffix(".weight"), packed)
         got.add(weight)
     missing = sorted(set(want) - got)
+    fresh = [name for name in missing if name.startswith(model.new)] if model.new else []
+    missing = [name for name in missing if name not in fresh]
     if missing or extra:
         raise ValueError(
             f"{path} does not fit its config.json: {len(missing)} tensors are missing{_some(missing)}, "
             f"{len(extra)} have no place{_some(extra)}"
         )
+    for name in fresh:
+        owner, _, leaf = name.rpartition(".")
+        value = torch.zeros(want[name].shape) if leaf == "bias" else 0.02 * torch.randn(want[name].shape)
+        model.get_submodule(owner)._parameters[leaf] = nn.Parameter(value.to(device, dtype), requires_grad=False)
+    if fresh:
+        warnings.warn(f"{path} holds no {', '.join(fresh)}: new ones were drawn at random; train them", stacklevel=3)
     model.tie()
-    embedding = model.model.embed_tokens.weight
-    if tied_head is not None and not torch.equal(tied_head.to(embedding), embedding):
-        raise ValueError(f"{path}: config.json ties the head to the embedding, and the file holds two that differ")
+    if tied_head is not None and isinstance(model, CausalLM):
+        embedding = model.embedding().weight
+        assert isinstance(embedding, Tensor)
+        if not torch.equal(tied_head.to(embedding), embedding):
+            raise ValueError(f"{path}: config.json ties the head to the embedding, and the file holds two that differ")
     return model.eval()
 
 
-def _place(model: Llama, owner: str, packed: Packed) -> None:
+def _place(model: Model, owner: str, packed: Packed) -> None:
     """Puts a 4-bit layer where a linear one is; a bias that came or comes on its own is kept."""
     parent, _, child = owner.rpartition(".")
     layer = Linear4bit(packed)

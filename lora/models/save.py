@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lora.files import new_directory
 from lora.layer import Adapted
-from lora.models.llama import Llama
+from lora.models.base import Model
 from lora.models.tokenizer import Tokenizer
 from lora.quant.checkpoint import to_tensors
 from lora.quant.linear import Linear4bit
@@ -19,7 +19,7 @@ SHARD = 5 * 10**9  # bytes of one file
 
 
 def save_pretrained(
-    model: Llama,
+    model: Model,
     tokenizer: Tokenizer,
     directory: str | Path,
     *,
@@ -81,15 +81,17 @@ def _write(files: list[dict[str, Tensor]], folder: Path) -> None:
     files[-1] = {}
 
 
-def _weights(model: Llama, dtype: torch.dtype) -> Iterator[dict[str, Tensor]]:
+def _weights(model: Model, dtype: torch.dtype) -> Iterator[dict[str, Tensor]]:
     """The tensors of each parameter by their published names; a tied head is left out."""
     for name, layer in _plain_layers(model):
         if isinstance(layer, Linear4bit):
-            yield {k: v.cpu() for k, v in to_tensors(f"{name}.weight", layer.packed(), dtype).items()}
+            there, _ = model.write(f"{name}.weight", torch.empty(0))
+            yield {k: v.cpu() for k, v in to_tensors(there, layer.packed(), dtype).items()}
         for leaf, p in layer.named_parameters(recurse=False):
-            if name == "lm_head" and leaf == "weight" and p.data_ptr() == model.model.embed_tokens.weight.data_ptr():
+            if f"{name}.{leaf}" == model.tied_name():
                 continue
-            yield {f"{name}.{leaf}": p.detach().to(device="cpu", dtype=dtype, copy=True).contiguous()}
+            there, value = model.write(f"{name}.{leaf}", p.detach())
+            yield {there: value.to(device="cpu", dtype=dtype, copy=True).contiguous()}
 
 
 def _plain_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -113,5 +115,5 @@ def _quantization_config(layer: Linear4bit, dtype: torch.dtype) -> dict:
         "bnb_4bit_use_double_quant": layer.nested,
         "bnb_4bit_compute_dtype": str(dtype).removeprefix("torch."),
         "bnb_4bit_quant_storage": "uint8",
-        "llm_int8_skip_modules": ["lm_head"],
+        "llm_int8_skip_modules": ["lm_head", "classifier", "score"],
     }
