@@ -41,7 +41,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "phi3 partial": ("Phi3Config", {"hidden_size": 128, "partial_rotary_factor": 0.75, "tie_word_embeddings": True}),
     "phi3 longrope": (
         "Phi3Config",
-        {"hidden_size": 64, "partial_rotary_factor": 0.75, "rope_parameters": LONG | {"partial_rotary_factor": 0.75}}
+        {"partial_rotary_factor": 0.75, "rope_parameters": LONG | {"partial_rotary_factor": 0.75}}
         | {"original_max_position_embeddings": 32},
     ),
 }

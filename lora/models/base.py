@@ -109,6 +109,10 @@ class CausalLM(Model):
         """An empty cache for `batch` rows of up to `length` tokens."""
         return Cache(self.config, batch, length, *self.place())
 
+    def restart(self) -> int | None:
+        """The length beyond which a row's cached keys are no longer right and are made anew; None: they always are."""
+        return None
+
     def place(self) -> tuple[torch.device, torch.dtype]:
         """Where the states lie, and in what."""
         weight = self.norm().weight

@@ -33,6 +33,7 @@ class Decoder:
         self.token = torch.zeros(batch, dtype=torch.int64, device=device)
         self.logits: Tensor | None = None
         self.graph: torch.cuda.CUDAGraph | None = None
+        self.seen: list[Tensor] = []  # the tokens so far, kept for models that must start again (`restart`)
         self.plain = plain(model, length)
         if self.plain:
             self.inv_freq = model.config.inv_freq().to(device)
@@ -41,6 +42,7 @@ class Decoder:
         """Reads prompts ids (B, T), padded on the left where `real` (B, T) is False; logits (B, V) of what follows."""
         T = ids.shape[1]
         self.cache.used = 0
+        self.seen = [ids]
         self.at.fill_(T)
         self.start.copy_((~real).sum(dim=1))
         positions = (real.cumsum(dim=1) - 1).clamp(min=0)
@@ -97,6 +99,12 @@ class Decoder:
     def _plain_step(self) -> Tensor:
         """The same by the model's own forward, for a model whose blocks are not those of llama.py (any more)."""
         used = self.cache.used
+        limit = self.model.restart()
+        if limit is not None:
+            self.seen.append(self.token[:, None].clone())
+            if bool((used - self.start == limit).any()):  # this token is the first beyond the limit of its row
+                ids = torch.cat(self.seen, dim=1)
+                return self.begin(ids, torch.arange(used + 1, device=ids.device) >= self.start[:, None])
         real = torch.arange(used + 1, device=self.start.device) >= self.start[:, None]
         positions = (used - self.start)[:, None]
         h = self.model.hidden(self.token[:, None], real, positions, self.cache)

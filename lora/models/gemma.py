@@ -37,7 +37,7 @@ class Gemma2Config(LlamaConfig):
     architecture: ClassVar[str] = "Gemma2ForCausalLM"
     ropes: ClassVar[tuple[str, ...]] = ("default", "linear")
 
-    query_scalar: float = 256.0
+    query_scalar: int | float = 256
     attention_cap: float | None = None
     logit_cap: float | None = None
 
@@ -58,7 +58,7 @@ class Gemma2Config(LlamaConfig):
             "output_bias": bias,
             "tied": bool(c.get("tie_word_embeddings", True)),
             "windows": tuple(window if kind == "sliding_attention" else None for kind in kinds),
-            "query_scalar": float(c.get("query_pre_attn_scalar", 256)),
+            "query_scalar": c.get("query_pre_attn_scalar", 256),
             "attention_cap": c.get("attn_logit_softcapping", cls.caps[0]),
             "logit_cap": c.get("final_logit_softcapping", cls.caps[1]),
         }

@@ -64,6 +64,7 @@ class Phi3Config(LlamaConfig):
             "sliding_window": self.windows[0] if self.windows else None,
             "original_max_position_embeddings": self.original_length,
             "partial_rotary_factor": self.partial,
+            "pad_token_id": None,  # else the class's 32000, whatever the vocabulary
         }
 
     def build(self) -> "Phi3":
@@ -74,9 +75,10 @@ class Phi3Config(LlamaConfig):
         dim, s = int(self.head_dim * self.partial), self.rope_scaling
         if s is None or s["rope_type"] != "longrope":
             return [rotation(positions, inverse_frequencies(dim, self.rope_theta, s), dtype)]
-        long = int(positions.max()) + 1 > self.original_length
-        divisor = torch.tensor(s["long_factor" if long else "short_factor"], dtype=torch.float32)
-        inv = 1.0 / (divisor * self.rope_theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim))
+        long = positions.amax(dim=1, keepdim=True) >= self.original_length  # (B or 1, 1): by the row's own length
+        short, far = (torch.tensor(s[key], device=positions.device) for key in ("short_factor", "long_factor"))
+        power = torch.arange(0, dim, 2, dtype=torch.float32, device=positions.device) / dim
+        inv = 1.0 / (torch.where(long, far, short) * self.rope_theta**power)[:, None]  # (B or 1, 1, dim / 2)
         stretch = self.max_length / self.original_length
         factor = s.get("attention_factor")
         if factor is None:
@@ -138,3 +140,7 @@ class Phi3(Llama):
 
     config: Phi3Config
     block = Phi3Block
+
+    def restart(self) -> int | None:
+        s = self.config.rope_scaling
+        return self.config.original_length if s is not None and s["rope_type"] == "longrope" else None
