@@ -1,6 +1,6 @@
 """merge: fold s B A into the weight, and take it out again.
 
-A merged layer computes with one matrix, W + Σ s B A, summed in float32 and rounded once.  A 4-bit base is
+A merged layer computes with one matrix, W + Σ s B A, summed in float32 and rounded once.  A 4- or 8-bit base is
 decoded first (what the adapter was trained on) and its merged form is dense: rounding back to 4 bits would
 snap every small change back to its code.  The base itself is kept beside it untouched, so `unmerge` and
 `disabled` give back the same bits; `merge(model, unload=True)` lets it go and leaves plain modules.
@@ -12,6 +12,7 @@ from torch import nn
 from lora.layer import Adapted, LoRAEmbedding, LoRALinear, TrainedModule, adapted
 from lora.match import shared_storage
 from lora.quant.linear import Linear4bit, is_conv1d
+from lora.quant.linear8 import Linear8bit
 from lora.wrap import is_merged
 
 
@@ -19,7 +20,7 @@ def merge(model: nn.Module, *, unload: bool = False, dtype: torch.dtype | None =
     """Folds the active adapters into the weights, in place, and returns the model.
 
     `unload` replaces every adapted layer by a plain one: the model is then as if never wrapped, and cannot be
-    unmerged.  `dtype` is what a 4-bit base is decoded to (default: that of the model's other weights).
+    unmerged.  `dtype` is what a quantized base is decoded to (default: that of the model's other weights).
 
     Raises RuntimeError on a model without adapters or merged already; ValueError when the result is not finite
     or a merged weight is tied to one that is not adapted (the tie would carry the change over).  On an error the
@@ -67,12 +68,14 @@ def _merged(name: str, layer: LoRALinear | LoRAEmbedding, dtype: torch.dtype) ->
     """A plain module that computes what the base and its active adapters do."""
     base = layer.base
     with torch.no_grad():
-        if isinstance(base, Linear4bit):
+        if isinstance(base, Linear4bit | Linear8bit):
             weight = base.weight_as(torch.float32).add_(layer.delta()).to(dtype)
             out: nn.Module = nn.Linear(base.in_features, base.out_features, bias=base.bias is not None, device="meta")
         else:
             if not isinstance(base, nn.Embedding) and not is_conv1d(base) and type(base) is not nn.Linear:
-                raise TypeError(f"{name}: cannot merge into {type(base).__name__}; only plain and our 4-bit layers")
+                raise TypeError(
+                    f"{name}: cannot merge into {type(base).__name__}; only plain layers and ours of 4 or 8 bits"
+                )
             weight = base.weight.float().add(layer.delta()).to(base.weight.dtype)
             out = _like(base)
         if not torch.isfinite(weight).all():

@@ -8,6 +8,7 @@ from torch import nn
 from lora.layer import Adapted, TrainedModule, adapted
 from lora.match import shared_storage
 from lora.quant.linear import Linear4bit
+from lora.quant.linear8 import Linear8bit
 from lora.wrap import adapter_names
 
 
@@ -91,7 +92,8 @@ def status(model: nn.Module) -> Status:
         rows += [_row(name, layer, adapter) for adapter in layer.adapters]
     trainable = [p for p in model.parameters() if p.requires_grad]
     packed = [m.packed() for m in model.modules() if isinstance(m, Linear4bit)]
-    in_4_bits = sum(p.shape[0] * p.shape[1] for p in packed)
+    in_bits = sum(p.shape[0] * p.shape[1] for p in packed)
+    in_bits += sum(m.weight.numel() for m in model.modules() if isinstance(m, Linear8bit))
     tensors = {t.data_ptr(): t for t in [*model.parameters(), *model.buffers()]}
     return Status(
         rows=tuple(rows),
@@ -99,10 +101,10 @@ def status(model: nn.Module) -> Status:
         active=tuple(active),
         merged=merged,
         trainable=sum(p.numel() for p in trainable),
-        total=sum(p.numel() for p in model.parameters()) + in_4_bits,
+        total=sum(p.numel() for p in model.parameters()) + in_bits,
         trainable_bytes=sum(p.numel() * p.element_size() for p in trainable),
         total_bytes=sum(t.numel() * t.element_size() for t in tensors.values()),
-        quantized=in_4_bits,
+        quantized=in_bits,
         tied=tuple(tuple(names) for names in shared_storage(model).values()),
     )
 

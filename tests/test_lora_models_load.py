@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tokenizers
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from tokenizers import decoders, models, pre_tokenizers
+from tiny import give_tokenizer
 from torch import nn
 
 import lora
@@ -28,13 +27,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         num_key_value_heads=4, max_position_embeddings=64, initializer_range=0.1,
     )  # fmt: skip
     transformers.LlamaForCausalLM(config).save_pretrained(path)
-    vocab = {token: i for i, token in enumerate(["</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())])}
-    backend = tokenizers.Tokenizer(models.BPE(vocab, []))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens(["</s>"])
-    backend.save(str(path / "tokenizer.json"))
-    (path / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
+    give_tokenizer(path)
     return path
 
 
@@ -124,7 +117,7 @@ Q = "model.layers.0.self_attn.q_proj.weight"
 DAMAGE: dict[str, tuple[Change, str]] = {
     "no config": (lambda p: (p / "config.json").unlink(), "holds no config.json"),
     "config cut": (lambda p: cut(p / "config.json", 40), r"config\.json is not valid JSON"),
-    "config a list": (lambda p: (p / "config.json").write_text("[]"), "model_type None"),
+    "config a list": (lambda p: (p / "config.json").write_text("[]"), "holds no JSON object"),
     "architecture": (lambda p: config_of(p, model_type="mamba"), "model_type 'mamba' is not known"),
     "no tokenizer": (lambda p: (p / "tokenizer.json").unlink(), r"holds no tokenizer\.json"),
     "tokenizer cut": (lambda p: cut(p / "tokenizer.json", 300), r"tokenizer\.json is not a tokenizer"),

@@ -150,7 +150,10 @@ def inverse_frequencies(dim: int, theta: float, s: dict[str, Any] | None) -> Ten
 
 
 def rotation(positions: Tensor, inv_freq: Tensor, dtype: torch.dtype, factor: float = 1.0) -> Rotation:
-    """cos and sin, times `factor`, of positions (B or 1, T) times inv_freq (D / 2,) or (B or 1, 1, D / 2): (B or 1, T, 1, D / 2) each."""
+    """cos and sin, times `factor`, (B or 1, T, 1, D / 2) each, of positions (B or 1, T) times inv_freq.
+
+    inv_freq is (D / 2,), or (B or 1, 1, D / 2) where rows differ.
+    """
     angle = positions[:, :, None].float() * inv_freq.to(positions.device)
     cos, sin = angle.cos(), angle.sin()
     if factor != 1.0:

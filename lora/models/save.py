@@ -14,6 +14,7 @@ from lora.models.base import Model
 from lora.models.tokenizer import Tokenizer
 from lora.quant.checkpoint import to_tensors
 from lora.quant.linear import Linear4bit
+from lora.quant.linear8 import Linear8bit
 
 SHARD = 5 * 10**9  # bytes of one file
 
@@ -42,7 +43,9 @@ def save_pretrained(
     config = model.config.to_json() | {"torch_dtype": str(dtype).removeprefix("torch.")}
     ids = {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos, "pad_token_id": tokenizer.pad}
     config |= {key: value for key, value in ids.items() if value is not None}
-    packed = [m for m in model.modules() if isinstance(m, Linear4bit)]
+    packed = [m for m in model.modules() if isinstance(m, Linear4bit | Linear8bit)]
+    if len({type(m) for m in packed}) > 1:
+        raise ValueError("this model mixes layers of 4 and of 8 bits, which the format has no way to say")
     if packed:
         config["quantization_config"] = _quantization_config(packed[0], dtype)
     with new_directory(directory) as folder:
@@ -87,6 +90,10 @@ def _weights(model: Model, dtype: torch.dtype) -> Iterator[dict[str, Tensor]]:
         if isinstance(layer, Linear4bit):
             there, _ = model.write(f"{name}.weight", torch.empty(0))
             yield {k: v.cpu() for k, v in to_tensors(there, layer.packed(), dtype).items()}
+        if isinstance(layer, Linear8bit):
+            there, _ = model.write(f"{name}.weight", torch.empty(0))
+            scale, order = there.removesuffix(".weight") + ".SCB", torch.zeros((), dtype=torch.uint8)  # 0: by rows
+            yield {there: layer.weight.cpu(), scale: layer.SCB.cpu(), f"{there}_format": order}
         for leaf, p in layer.named_parameters(recurse=False):
             if f"{name}.{leaf}" == model.tied_name():
                 continue
@@ -106,7 +113,13 @@ def _plain_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name, layer
 
 
-def _quantization_config(layer: Linear4bit, dtype: torch.dtype) -> dict:
+def _quantization_config(layer: Linear4bit | Linear8bit, dtype: torch.dtype) -> dict:
+    heads = ["lm_head", "classifier", "score"]
+    if isinstance(layer, Linear8bit):
+        return {"quant_method": "bitsandbytes", "load_in_4bit": False, "load_in_8bit": True} | {
+            "llm_int8_threshold": 6.0,
+            "llm_int8_skip_modules": heads,
+        }
     return {
         "quant_method": "bitsandbytes",
         "load_in_4bit": True,
@@ -115,5 +128,5 @@ def _quantization_config(layer: Linear4bit, dtype: torch.dtype) -> dict:
         "bnb_4bit_use_double_quant": layer.nested,
         "bnb_4bit_compute_dtype": str(dtype).removeprefix("torch."),
         "bnb_4bit_quant_storage": "uint8",
-        "llm_int8_skip_modules": ["lm_head", "classifier", "score"],
+        "llm_int8_skip_modules": heads,
     }
