@@ -7,6 +7,7 @@ import dataclasses
 import json
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, (sub, _) in _COMMANDS.items():
         commands.add_subcommand(name, sub())
     config = parser.parse_args(argv)
+    warnings.formatwarning = lambda message, *_, **__: f"lora: note: {message}\n"  # a sentence, not a source line
     try:
         _COMMANDS[config.command][1](config[config.command])
     except KeyboardInterrupt:

@@ -11,17 +11,19 @@ finds its tensors, or nothing is attached.  Source: peft 0.21, utils/save_and_lo
 
 import json
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lora.config import LoRAConfig
 from lora.files import new_directory, read_json
+from lora.fingerprint import KEY, check, fingerprint
 from lora.layer import Adapted, LoRAEmbedding, TrainedModule, adapted, is_linear, linear_shape
 from lora.match import candidates, output_head
 from lora.wrap import adapter_names, add_adapter, check_name, detach, is_merged
@@ -59,8 +61,8 @@ def save(model: nn.Module, directory: str | Path, name: str | None = None, *, ba
             raise ValueError(f"adapter {name!r} is broken: {key} holds NaN or inf; nothing was written")
     config = _config(model, layers, name, base)
     with new_directory(Path(directory)) as folder:
-        # the metadata that peft itself writes; loaders refuse a file without it
-        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+        # "format" is what peft itself writes; loaders refuse a file without it
+        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt", KEY: fingerprint(layers)})
         (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     return Path(directory)
 
@@ -148,10 +150,19 @@ def target_suffixes(model: nn.Module, paths: Sequence[str]) -> list[str] | str:
 
 
 # ---- attach ----
-def attach(model: nn.Module, directory: str | Path, name: str | None = None, trainable: bool = False) -> nn.Module:
+def attach(
+    model: nn.Module,
+    directory: str | Path,
+    name: str | None = None,
+    trainable: bool = False,
+    *,
+    any_base: bool = False,
+) -> nn.Module:
     """Loads an adapter folder, peft's or ours, onto the model, in place; it becomes the active one.
 
     `name` is what it will be called here ("default" when left out).  With `trainable` it can be trained further.
+    An adapter saved by us knows its base (fingerprint.py): another model is refused unless `any_base`; the same
+    model in another precision is said in a warning.
 
     Raises FileNotFoundError, or ValueError naming the culprit: a pickled file, a damaged file, a kind of adapter
     we do not have, tensors that fit no layer (an adapter for another base, a wrong prefix), layers without their
@@ -185,6 +196,11 @@ def attach(model: nn.Module, directory: str | Path, name: str | None = None, tra
                     part.a.copy_(parts[path]["a"])
                     part.b.copy_(parts[path]["b"])
             part.requires_grad_(trainable)
+        sketch = _metadata(directory).get(KEY)
+        if sketch and not any_base:
+            told = check({n: layer for n, layer in adapted(model) if name in layer.adapters}, sketch, str(directory))
+            if told:
+                warnings.warn(told, stacklevel=2)
     except Exception:
         detach(model, name)
         for p in model.parameters():
@@ -225,6 +241,11 @@ def _read(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         if not torch.isfinite(value).all():
             raise ValueError(f"{directory / WEIGHTS}: {key} holds NaN or inf")
     return config, tensors
+
+
+def _metadata(directory: Path) -> dict[str, str]:
+    with safe_open(directory / WEIGHTS, framework="pt") as f:
+        return f.metadata() or {}
 
 
 def _sort(

@@ -78,14 +78,17 @@ def test_generate_answers(run: Path, stories: Path, capsys: pytest.CaptureFixtur
     words = ["generate", "--model", str(stories), "--prompt", "Once upon a time", "--max_new_tokens", "6"]
     assert main([*words, "--device", "cpu", "--json"]) == 0
     assert last_json(capsys.readouterr().out) == {"prompt": "Once upon a time", "text": ", there was a little g"}
-    assert main([*words, "--device", "cpu", "--adapter", str(run / "out/adapter")]) == 0
+    assert main([*words, "--device", "cpu", "--quantize", "nf4", "--adapter", str(run / "out/adapter")]) == 0
+    with pytest.warns(UserWarning, match="the same model in another precision"):
+        assert main([*words, "--device", "cpu", "--adapter", str(run / "out/adapter")]) == 0
 
 
 def test_merge_and_quantize_write_models_that_load(
     run: Path, stories: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     merge = ["merge", "--model", str(stories), "--adapter", str(run / "out/adapter"), "--device", "cpu"]
-    assert main([*merge, "--out", str(tmp_path / "merged"), "--json"]) == 0
+    with pytest.warns(UserWarning, match="the same model in another precision"):
+        assert main([*merge, "--out", str(tmp_path / "merged"), "--json"]) == 0
     assert last_json(capsys.readouterr().out)["max_logit_difference"] < 0.5  # bfloat16 against float32
     assert main(["quantize", str(tmp_path / "merged"), str(tmp_path / "packed"), "--json"]) == 0
     assert last_json(capsys.readouterr().out)["bytes"] > 10_000
