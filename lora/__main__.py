@@ -225,7 +225,7 @@ def _merge(a: Namespace) -> None:
     with torch.no_grad():
         want = model(ids).float()
         lora.merge(model)
-        lora.save_pretrained(model, tokenizer, a.out)
+        lora.save_pretrained(model, tokenizer, a.out, verify=False)  # it is loaded and compared here
         written, _ = lora.load(a.out, **_dtype_device(a))
         drift = (written(ids).float() - want).abs().max().item()
     base = f"the {a.quantize} base" if a.quantize else "the dense base"

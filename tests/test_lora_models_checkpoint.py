@@ -103,3 +103,21 @@ def test_flipped_and_cut_bytes_are_a_clear_error_or_the_same_shapes(data: st.Dat
     else:  # what changed was no structure: the model is whole
         shapes = {n: t.shape for n, t in got.state_dict().items()}
         assert shapes.keys() == want.state_dict().keys() or name == "config.json"
+
+
+def test_what_is_written_wrongly_is_noticed_and_not_kept(
+    four: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tokenizer = lora.load(four / "dense", device="cpu")
+    write = type(model).write
+
+    def swapped(self: object, name: str, tensor: torch.Tensor) -> tuple[str, torch.Tensor]:
+        if name.endswith(("q_proj.weight", "k_proj.weight")):  # of one shape, so that nothing else notices
+            name = name.replace("q_proj", "?").replace("k_proj", "q_proj").replace("?", "k_proj")
+        return write(model, name, tensor)
+
+    monkeypatch.setattr(type(model), "write", swapped)
+    with pytest.raises(ValueError, match="was not written: loaded again, it gives logits .* away"):
+        lora.save_pretrained(model, tokenizer, tmp_path / "out")
+    assert not (tmp_path / "out").exists() and not list(tmp_path.iterdir())
+    lora.save_pretrained(model, tokenizer, tmp_path / "out", verify=False)

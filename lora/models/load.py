@@ -16,6 +16,7 @@ from lora.models.base import CausalLM, Model
 from lora.models.checkpoint import read_config, stored_dtype, weights
 from lora.models.families import FAMILIES
 from lora.models.gguf import GGUF
+from lora.models.hub import from_hub, watched
 from lora.models.tokenizer import Tokenizer
 from lora.quant.checkpoint import from_tensors
 from lora.quant.codebook import codebook
@@ -42,7 +43,7 @@ def load(
 
     Args:
         path: a folder with config.json, safetensors and tokenizer.json (also one with weights in 4 or 8 bits, in
-            bitsandbytes' layouts), or a .gguf file
+            bitsandbytes' layouts), a .gguf file, or the name of a repository on the Hugging Face hub
         quantize: None, "nf4" or "fp4": pack the linear layers while loading, in blocks of `block`, block scales
             in 8 bits where `double`; "int8": a byte a weight; `skip` names layers to leave dense
         dtype: of the dense weights; "auto" is the checkpoint's on a GPU and float32 on a CPU (faster there)
@@ -51,7 +52,7 @@ def load(
     Raises FileNotFoundError or ValueError, naming the file: an unknown architecture, a damaged or cut file, tensors
     that are missing, extra or of another shape.
     """
-    path = Path(path)
+    path = from_hub(path)
     groups: Iterator[tuple[str, dict[str, Tensor]]]
     device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     if quantize not in (None, "int8"):
@@ -72,7 +73,7 @@ def load(
         tokenizer = Tokenizer.from_directory(path)
         groups = weights(path)
     elif not path.exists():
-        raise FileNotFoundError(f"{path} does not exist; give a folder with config.json, or a .gguf file")
+        raise FileNotFoundError(f"{path} does not exist; give a folder with config.json, a .gguf file or a hub name")
     else:
         raise ValueError(f"{path} is neither a folder with config.json nor a .gguf file")
     if tokenizer.vocab_size > config.vocab_size:
@@ -86,6 +87,7 @@ def load(
         assert quantize is not None
         return Linear4bit(quantize_tensor(weight, quantize, block, double, name=name))
 
+    groups = watched(groups, path)
     made = _fill(config, groups, _dtype(dtype, stored, device), device, path, pack if quantize else None, skip)
     return made, tokenizer
 

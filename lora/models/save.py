@@ -11,12 +11,14 @@ from torch import Tensor, nn
 from lora.files import new_directory
 from lora.layer import Adapted
 from lora.models.base import Model
+from lora.models.load import load
 from lora.models.tokenizer import Tokenizer
 from lora.quant.checkpoint import to_tensors
 from lora.quant.linear import Linear4bit
 from lora.quant.linear8 import Linear8bit
 
 SHARD = 5 * 10**9  # bytes of one file
+DRIFT = 0.1  # of the logits' norm: what rounding weights to bfloat16 may move
 
 
 def save_pretrained(
@@ -26,13 +28,16 @@ def save_pretrained(
     *,
     dtype: torch.dtype = torch.bfloat16,
     shard: int = SHARD,
+    verify: bool = True,
 ) -> Path:
     """Writes config.json, safetensors (more than one above `shard` bytes) and the tokenizer; returns the folder.
 
-    Dense weights are written in `dtype`.  A merged model is written merged.
+    Dense weights are written in `dtype`.  A merged model is written merged.  With `verify` the files are loaded
+    again (a second model in memory) and must give the model's own logits, as near as `dtype` allows, before the
+    folder gets its name.
 
     Raises FileExistsError where the folder holds something; ValueError on a model with unmerged adapters, which
-    this format has no place for.
+    this format has no place for, and where what was written computes something else; nothing is left then.
     """
     directory = Path(directory)
     for name, layer in model.named_modules():
@@ -71,7 +76,27 @@ def save_pretrained(
             (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n")
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         tokenizer.save(folder)
+        if verify:
+            _verify(model, folder, directory)
     return directory
+
+
+@torch.no_grad()
+def _verify(model: Model, folder: Path, directory: Path) -> None:
+    """Raises ValueError unless the model in `folder` gives the logits of `model` on a fixed probe."""
+    place = next(model.parameters())
+    again, _ = load(folder, dtype=place.dtype, device=place.device)
+    length = min(16, model.config.max_length)
+    ids = (torch.arange(length, device=place.device)[None] * 7919 + 5) % model.config.vocab_size
+    training = model.training
+    want, got = model.eval()(ids).float(), again(ids).float()
+    model.train(training) if training else None
+    gap = (got - want).norm() / want.norm().clamp(min=1e-30)
+    if again.config != model.config or not bool(gap <= DRIFT):
+        raise ValueError(
+            f"{directory} was not written: loaded again, it gives logits {float(gap):.1%} away from the model's "
+            f"(at most {DRIFT:.0%} is rounding); this is a mistake of ours or of the disk, please report it"
+        )
 
 
 def _shard_name(k: int, count: int) -> str:
