@@ -11,6 +11,7 @@ from lora.config import LoRAConfig as LoRAConfig
 from lora.merge import merge as merge
 from lora.merge import unmerge as unmerge
 from lora.quant.linear import quantize_module as quantize
+from lora.requantize import merge_4bit as merge_4bit
 from lora.status import status as status
 from lora.store import attach as attach
 from lora.store import save as save
@@ -53,6 +54,7 @@ __all__ = [
     "generate",
     "load",
     "merge",
+    "merge_4bit",
     "quantize",
     "save",
     "save_pretrained",

@@ -17,6 +17,8 @@ from jsonargparse import ArgumentParser, Namespace
 import lora
 from lora.eval.evaluate import METRICS
 from lora.files import refuse_filled, write_text
+from lora.quant.rounding import ROUNDINGS
+from lora.requantize import LEAST
 from lora.train.config import TrainConfig
 
 PROBE = "The capital of France is Paris, and 12 + 30 = 42."
@@ -207,8 +209,11 @@ def _quantize(a: Namespace) -> None:
 
 # ---- merge ----
 def _merge_arguments() -> ArgumentParser:
-    p = ArgumentParser(description="Fold an adapter into its base and write a dense bfloat16 model.")
+    p = ArgumentParser(description="Fold an adapter into its base and write the model, dense in bfloat16 or in 4 bits.")
     _model_flags(p)
+    p.add_argument("--into", choices=("dense", "4bit"), default="dense", help="4bit needs --quantize")
+    p.add_argument("--rounding", choices=ROUNDINGS, default="stochastic", help="of weights that stay in 4 bits")
+    p.add_argument("--at_least", type=float, default=LEAST, help="share of the update that must survive in 4 bits")
     p.add_argument("--adapter", type=str, required=True, help="adapter folder")
     p.add_argument("--out", type=str, required=True, help="folder to write; must not hold anything")
     _json_flag(p)
@@ -222,17 +227,23 @@ def _merge(a: Namespace) -> None:
     model, tokenizer = lora.load(a.model, quantize=a.quantize, **_dtype_device(a))
     lora.attach(model, a.adapter)
     ids = torch.tensor([tokenizer.encode(PROBE)], device=next(model.parameters()).device)
+    told = ""
     with torch.no_grad():
         want = model(ids).float()
-        lora.merge(model)
+        if a.into == "4bit":
+            told = f"{lora.merge_4bit(model, a.rounding, at_least=a.at_least, prompts=[ids])}\n"
+        else:
+            lora.merge(model)
         lora.save_pretrained(model, tokenizer, a.out, verify=False)  # it is loaded and compared here
         written, _ = lora.load(a.out, **_dtype_device(a))
         drift = (written(ids).float() - want).abs().max().item()
     base = f"the {a.quantize} base" if a.quantize else "the dense base"
     if a.json:
-        print(json.dumps({"out": a.out, "max_logit_difference": drift}))
+        print(json.dumps({"out": a.out, "max_logit_difference": drift, "told": told.strip()}))
     else:
-        print(f"{a.out}: adapter merged into {base}; reloaded, its logits differ by at most {drift:.4f} on a probe")
+        print(
+            f"{told}{a.out}: adapter merged into {base}; reloaded, its logits differ by at most {drift:.4f} on a probe"
+        )
 
 
 # ---- shared flags ----

@@ -44,6 +44,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         {"partial_rotary_factor": 0.75, "rope_parameters": LONG | {"partial_rotary_factor": 0.75}}
         | {"original_max_position_embeddings": 32},
     ),
+    "gpt2": ("GPT2Config", {}),
+    "gpt2 scale by layer": ("GPT2Config", {"scale_attn_by_inverse_layer_idx": True, "n_inner": 96}),
+    "gpt2 unscaled": ("GPT2Config", {"scale_attn_weights": False, "activation_function": "gelu"}),
+    "gpt2 untied": ("GPT2Config", {"tie_word_embeddings": False, "activation_function": "relu"}),
 }
 
 

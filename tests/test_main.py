@@ -90,6 +90,12 @@ def test_merge_and_quantize_write_models_that_load(
     with pytest.warns(UserWarning, match="the same model in another precision"):
         assert main([*merge, "--out", str(tmp_path / "merged"), "--json"]) == 0
     assert last_json(capsys.readouterr().out)["max_logit_difference"] < 0.5  # bfloat16 against float32
+    four = [*merge, "--quantize", "nf4", "--into", "4bit", "--out", str(tmp_path / "four"), "--json"]
+    assert main([*four, "--rounding", "nearest", "--at_least", "2"]) == 2
+    assert "would lose what was learned" in capsys.readouterr().err and not (tmp_path / "four").exists()
+    assert main(four) == 0
+    assert "stochastic rounding:" in last_json(capsys.readouterr().out)["told"]
+    assert main(["generate", "--model", str(tmp_path / "four"), "--prompt", "Once", "--max_new_tokens", "2"]) == 0
     assert main(["quantize", str(tmp_path / "merged"), str(tmp_path / "packed"), "--json"]) == 0
     assert last_json(capsys.readouterr().out)["bytes"] > 10_000
     assert main(["generate", "--model", str(tmp_path / "packed"), "--prompt", "Once", "--max_new_tokens", "2"]) == 0

@@ -7,6 +7,7 @@ line here.
 from typing import Any
 
 from lora.models.gemma import Gemma2Config, Gemma3Config
+from lora.models.gpt2 import GPT2Config
 from lora.models.llama import LlamaConfig
 from lora.models.mistral import MistralConfig
 from lora.models.phi3 import Phi3Config
@@ -15,6 +16,7 @@ from lora.models.qwen import Qwen2Config, Qwen3Config
 FAMILIES: dict[str, Any] = {
     "gemma2": Gemma2Config,
     "gemma3_text": Gemma3Config,
+    "gpt2": GPT2Config,
     "llama": LlamaConfig,
     "mistral": MistralConfig,
     "phi3": Phi3Config,
