@@ -8,6 +8,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from lora.config import LoRAConfig as LoRAConfig
+from lora.export import export as export
 from lora.merge import merge as merge
 from lora.merge import unmerge as unmerge
 from lora.quant.linear import quantize_module as quantize
@@ -50,6 +51,7 @@ __all__ = [
     "detach",
     "disabled",
     "evaluate",
+    "export",
     "fit",
     "generate",
     "load",

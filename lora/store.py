@@ -169,18 +169,11 @@ def attach(
     tensors, other shapes.  On an error the model is as before.
     """
     directory, name = Path(directory), name or "default"
-    config, tensors = _read(directory)
-    parts, whole = _sort(tensors, directory)
+    config, tensors = read_adapter(directory)
+    parts, whole = sort_adapter(tensors, directory)
     modules = candidates(model)
     _check_places(model, modules, config, parts, whole, directory)
-    plan = {}
-    for path, factors in parts.items():
-        r = factors["a"].shape[0]
-        want = _pattern(config.get("rank_pattern"), path, config["r"])
-        if r != want:
-            raise ValueError(f"{directory}: {path} has factors of rank {r}, and {CONFIG} says {want}")
-        alpha = float(_pattern(config.get("alpha_pattern"), path, config["lora_alpha"]))
-        plan[path] = (r, LoRAConfig(r=r, alpha=alpha, rslora=bool(config.get("use_rslora"))).scale(r, alpha))
+    plan = {path: rank_and_scale(config, path, factors, directory) for path, factors in parts.items()}
     settings = LoRAConfig(dropout=float(config.get("lora_dropout") or 0.0))
     frozen = {id(p) for p in model.parameters() if not p.requires_grad}
     add_adapter(model, name, settings, plan, list(whole))
@@ -209,7 +202,8 @@ def attach(
     return model
 
 
-def _read(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def read_adapter(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Config and tensors of an adapter folder; raises as `attach` says."""
     if not directory.is_dir():
         raise FileNotFoundError(f"{directory} is not a folder; an adapter is a folder with {CONFIG} and {WEIGHTS}")
     if not (directory / WEIGHTS).is_file():
@@ -248,10 +242,10 @@ def _metadata(directory: Path) -> dict[str, str]:
         return f.metadata() or {}
 
 
-def _sort(
+def sort_adapter(
     tensors: dict[str, Tensor], directory: Path
 ) -> tuple[dict[str, dict[str, Tensor]], dict[str, dict[str, Tensor]]]:
-    """Tensors by module: the two factors of each update, and the tensors of whole modules, keyed by full name yet."""
+    """Tensors of an adapter file by module: the two factors of each update, and the tensors of whole modules."""
     parts: dict[str, dict[str, Tensor]] = {}
     loose: dict[str, dict[str, Tensor]] = {}
     for key, value in tensors.items():
@@ -348,7 +342,19 @@ def _peft_means(model: nn.Module, config: Mapping[str, Any], name: str) -> bool:
     return means(targets)
 
 
-def _pattern(patterns: Mapping[str, Any] | None, name: str, default: Any) -> Any:
+def rank_and_scale(
+    config: Mapping[str, Any], path: str, factors: Mapping[str, Tensor], directory: Path
+) -> tuple[int, float]:
+    """Rank and scale of one update by peft's config. Raises ValueError where the factors have another rank."""
+    r = factors["a"].shape[0]
+    want = pattern_of(config.get("rank_pattern"), path, config["r"])
+    if r != want:
+        raise ValueError(f"{directory}: {path} has factors of rank {r}, and {CONFIG} says {want}")
+    alpha = float(pattern_of(config.get("alpha_pattern"), path, config["lora_alpha"]))
+    return r, LoRAConfig(r=r, alpha=alpha, rslora=bool(config.get("use_rslora"))).scale(r, alpha)
+
+
+def pattern_of(patterns: Mapping[str, Any] | None, name: str, default: Any) -> Any:
     """peft's rule for rank_pattern and alpha_pattern: the first key that ends the name."""
     for key, value in (patterns or {}).items():
         if re.match(rf"(.*\.)?({key})$", name):

@@ -1,0 +1,169 @@
+"""export: an adapter rewritten so that another program computes what we do, and what that program would have done.
+
+Loaders read one format in different ways, mostly in silence: vLLM applies one scale to all modules and ignores
+alpha_pattern, SGLang and llama.cpp do not know rsLoRA.  The exported adapter leaves nothing to read in two ways:
+
+    B' = s B, alpha = r, so that every rule (alpha / r, alpha / rank(B), alpha / sqrt(r) switched off) gives 1
+    one rank for all modules, A and B filled up with zeros; no patterns
+    fused projections cut into those that the loader knows, where asked: each keeps A and its rows of B
+
+`findings` are the rules of the loaders as their sources stood in autumn 2026 (vLLM, SGLang, convert_lora_to_gguf.py).
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lora.files import new_directory
+from lora.store import CONFIG, PREFIX, WEIGHTS, rank_and_scale, read_adapter, sort_adapter
+
+TARGETS = ("peft", "vllm", "sglang", "llama.cpp")
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what its max_lora_rank may be
+
+_A, _B = (".lora_A.weight", ".lora_embedding_A"), (".lora_B.weight", ".lora_embedding_B")  # linear, embedding
+
+Parts = Mapping[str, Mapping[str, Tensor]]
+Split = Mapping[str, Mapping[str, int]]  # {"qkv_proj": {"q_proj": rows, "k_proj": rows, "v_proj": rows}}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a loader would do with an adapter as it is."""
+
+    loader: str
+    refuses: bool  # False: it would load it and compute something else
+    why: str
+
+    def __str__(self) -> str:
+        return f"{self.loader} would {'refuse' if self.refuses else 'get it wrong'}: {self.why}"
+
+
+def export(
+    adapter: str | Path, out: str | Path, target: str = "peft", *, base: str | None = None, split: Split | None = None
+) -> list[Finding]:
+    """Writes the adapter folder `adapter` for `target` as folder `out`; returns what was wrong with it as it was.
+
+    Args:
+        adapter: a folder of `lora.save` or peft; it is not changed
+        target: "peft", "vllm", "sglang" or "llama.cpp"
+        base: the base model's name, where the adapter's config holds none (llama.cpp needs one)
+        split: fused modules by the end of their name, with the names and rows of their parts in order
+
+    Raises ValueError where the target has no way to hold it (whole trained modules, embeddings), for an unknown
+    target, or a split that does not add up; FileExistsError where `out` holds something; and as `lora.attach` does.
+    """
+    if target not in TARGETS:
+        raise ValueError(f"target={target!r}: choose one of {', '.join(TARGETS)}")
+    adapter = Path(adapter)
+    config, tensors = read_adapter(adapter)
+    parts, whole = sort_adapter(tensors, adapter)
+    tables = {key.removeprefix(PREFIX).removesuffix(_A[1]) for key in tensors if key.endswith(_A[1])}
+    others = (sorted(whole), sorted(tables), target, base)
+    before = findings(config, parts, *others)
+    plain, r = _plain(config, parts, split or {}, adapter, target)
+    after = dict(config) | {"r": r, "lora_alpha": r, "rank_pattern": {}, "alpha_pattern": {}, "use_rslora": False}
+    after |= {
+        "target_modules": _targets(config, list(plain), split or {}),
+        "exclude_modules": None,
+        "layers_to_transform": None,
+    }
+    if base:
+        after["base_model_name_or_path"] = base
+    left = findings(after, plain, *others)
+    if left:
+        raise ValueError(f"{adapter} cannot be exported: {'; '.join(map(str, left))}")
+    written = {f"{PREFIX}{path}{_A[path in tables]}": factors["a"] for path, factors in plain.items()}
+    written |= {f"{PREFIX}{path}{_B[path in tables]}": factors["b"] for path, factors in plain.items()}
+    written |= {f"{PREFIX}{path}.{key}": t for path, group in whole.items() for key, t in group.items()}
+    with new_directory(Path(out)) as folder:
+        save_file({k: t.contiguous() for k, t in written.items()}, folder / WEIGHTS, metadata={"format": "pt"})
+        (folder / CONFIG).write_text(json.dumps(after, indent=2) + "\n", encoding="utf-8")
+    return before
+
+
+def findings(
+    config: Mapping[str, Any],
+    parts: Parts,
+    whole: Sequence[str],
+    tables: Sequence[str],
+    target: str,
+    base: str | None = None,
+) -> list[Finding]:
+    """What `target` would refuse or get wrong in this adapter; empty where it reads it as we do.
+
+    `parts` are its updates, `tables` those of them on embeddings, `whole` the modules trained whole.
+    """
+    if target == "peft":
+        return []
+    found = []
+
+    def note(refuses: bool, why: str) -> None:
+        found.append(Finding(target, refuses, why))
+
+    ranks = {path: factors["a"].shape[0] for path, factors in parts.items()}
+    if whole:
+        note(True, f"{whole[0]} is trained whole (modules_to_save); merge it into a base of its own instead")
+    if tables and target != "llama.cpp":
+        note(True, f"{tables[0]} is an embedding; leave it out of the targets, or merge")
+    if config.get("use_rslora") and target != "vllm":
+        rule = "alpha / rank(B)" if target == "llama.cpp" else "alpha / r"
+        note(False, f"use_rslora is not read; the scale would be {rule}")
+    if config.get("alpha_pattern"):
+        note(False, "alpha_pattern is not read; one alpha would serve all modules")
+    if len(set(ranks.values())) > 1 and target == "vllm":
+        note(False, "rank_pattern is not read; modules of another rank would get a wrong scale")
+    r = max(ranks.values(), default=1)
+    if target == "vllm" and r > VLLM_RANKS[-1]:
+        note(True, f"rank {r} is above {VLLM_RANKS[-1]}, the largest max_lora_rank")
+    if target == "llama.cpp" and not (base or config.get("base_model_name_or_path")):
+        note(True, "base_model_name_or_path is empty; give base=...")
+    return found
+
+
+def _plain(
+    config: Mapping[str, Any], parts: Parts, split: Split, adapter: Path, target: str
+) -> tuple[dict[str, dict[str, Tensor]], int]:
+    """The updates with their scales folded into B, cut and filled up to one rank; and that rank."""
+    scaled: dict[str, dict[str, Tensor]] = {}
+    used = set()
+    for path, factors in parts.items():
+        _, scale = rank_and_scale(config, path, factors, adapter)
+        a, b = factors["a"].float(), factors["b"].float() * scale
+        fused = next((name for name in split if path == name or path.endswith("." + name)), None)
+        if fused is None:
+            scaled[path] = {"a": a, "b": b}
+            continue
+        used.add(fused)
+        rows = list(split[fused].values())
+        if sum(rows) != b.shape[0]:
+            raise ValueError(f"split of {fused} names {sum(rows)} rows, and {path} has {b.shape[0]}")
+        for name, piece in zip(split[fused], b.split(rows), strict=True):
+            scaled[path.removesuffix(fused) + name] = {"a": a, "b": piece}
+    if set(split) - used:
+        raise ValueError(f"split names {sorted(set(split) - used)}, and no module of {adapter} ends so")
+    r = max((f["a"].shape[0] for f in scaled.values()), default=1)
+    if target == "vllm":
+        r = next((size for size in VLLM_RANKS if size >= r), r)
+    for factors in scaled.values():
+        more = r - factors["a"].shape[0]
+        factors["a"] = torch.nn.functional.pad(factors["a"], (0, 0, 0, more))
+        factors["b"] = torch.nn.functional.pad(factors["b"], (0, more))
+    return scaled, r
+
+
+def _targets(config: Mapping[str, Any], paths: Sequence[str], split: Split) -> list[str]:
+    """target_modules as a list, which all loaders read: the adapter's own, its fused names replaced, else full names."""
+    targets = config.get("target_modules")
+    if not isinstance(targets, list):
+        return sorted(paths)
+    made = []
+    for name in targets:
+        fused = next((f for f in split if name == f or name.endswith("." + f)), None)
+        made += [name] if fused is None else [name.removesuffix(fused) + part for part in split[fused]]
+    return sorted(made)
