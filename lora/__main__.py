@@ -16,6 +16,7 @@ from jsonargparse import ArgumentParser, Namespace
 
 import lora
 from lora.eval.evaluate import METRICS
+from lora.export import TARGETS
 from lora.files import refuse_filled, write_text
 from lora.quant.rounding import ROUNDINGS
 from lora.requantize import LEAST
@@ -246,6 +247,25 @@ def _merge(a: Namespace) -> None:
         )
 
 
+# ---- export ----
+def _export_arguments() -> ArgumentParser:
+    p = ArgumentParser(description="Rewrite an adapter so that another program computes what we do.")
+    p.add_argument("adapter", type=str, help="adapter folder")
+    p.add_argument("out", type=str, help="folder to write; must not hold anything")
+    p.add_argument("--target", choices=TARGETS, default="peft", help="the program that will load it")
+    p.add_argument("--base", type=str, default=None, help="name of the base model, where the adapter holds none")
+    _json_flag(p)
+    return p
+
+
+def _export(a: Namespace) -> None:
+    found = [str(f) for f in lora.export(a.adapter, a.out, a.target, base=a.base)]
+    if a.json:
+        print(json.dumps({"out": a.out, "target": a.target, "mended": found}))
+    else:
+        print("\n".join([f"mended: {f}" for f in found] + [f"{a.out}: ready for {a.target}"]))
+
+
 # ---- shared flags ----
 def _model_flags(p: ArgumentParser, quantize: bool = True) -> None:
     p.add_argument("--model", type=str, required=True, help="model folder or .gguf file")
@@ -272,6 +292,7 @@ _COMMANDS: dict[str, tuple[Callable[[], ArgumentParser], Callable[[Namespace], N
     "generate": (_generate_arguments, _generate),
     "quantize": (_quantize_arguments, _quantize),
     "merge": (_merge_arguments, _merge),
+    "export": (_export_arguments, _export),
 }
 
 if __name__ == "__main__":

@@ -68,11 +68,7 @@ def export(
     before = findings(config, parts, *others)
     plain, r = _plain(config, parts, split or {}, adapter, target)
     after = dict(config) | {"r": r, "lora_alpha": r, "rank_pattern": {}, "alpha_pattern": {}, "use_rslora": False}
-    after |= {
-        "target_modules": _targets(config, list(plain), split or {}),
-        "exclude_modules": None,
-        "layers_to_transform": None,
-    }
+    after["target_modules"] = _targets(config, list(plain), split or {})
     if base:
         after["base_model_name_or_path"] = base
     left = findings(after, plain, *others)
@@ -158,7 +154,7 @@ def _plain(
 
 
 def _targets(config: Mapping[str, Any], paths: Sequence[str], split: Split) -> list[str]:
-    """target_modules as a list, which all loaders read: the adapter's own, its fused names replaced, else full names."""
+    """target_modules as a list, which all loaders read: the adapter's own, fused names replaced, else full names."""
     targets = config.get("target_modules")
     if not isinstance(targets, list):
         return sorted(paths)
