@@ -19,6 +19,7 @@ class LoRAConfig:
         exclude: names, last parts of names or globs to leave out
         dropout: probability of dropping an element of the adapter's input, in training only
         rslora: scale by alpha / sqrt(r) instead of alpha / r
+        dora: learn the length of each row of the weight on its own (dora.py)
         rank_pattern: {name or glob: rank}, overriding r
         alpha_pattern: {name or glob: alpha}, overriding alpha
         train_modules: names or globs of whole modules to train beside the adapter (a fresh head, say)
@@ -30,6 +31,7 @@ class LoRAConfig:
     exclude: tuple[str, ...] = ()
     dropout: float = 0.0
     rslora: bool = False
+    dora: bool = False
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     train_modules: tuple[str, ...] = ()

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lora.files import new_directory
-from lora.store import CONFIG, PREFIX, WEIGHTS, rank_and_scale, read_adapter, sort_adapter
+from lora.store import CONFIG, MAGNITUDE, PREFIX, WEIGHTS, rank_and_scale, read_adapter, sort_adapter
 
 TARGETS = ("peft", "vllm", "sglang", "llama.cpp")
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what its max_lora_rank may be
@@ -76,6 +76,7 @@ def export(
         raise ValueError(f"{adapter} cannot be exported: {'; '.join(map(str, left))}")
     written = {f"{PREFIX}{path}{_A[path in tables]}": factors["a"] for path, factors in plain.items()}
     written |= {f"{PREFIX}{path}{_B[path in tables]}": factors["b"] for path, factors in plain.items()}
+    written |= {f"{PREFIX}{path}{MAGNITUDE}": factors["m"] for path, factors in plain.items() if "m" in factors}
     written |= {f"{PREFIX}{path}.{key}": t for path, group in whole.items() for key, t in group.items()}
     with new_directory(Path(out)) as folder:
         save_file({k: t.contiguous() for k, t in written.items()}, folder / WEIGHTS, metadata={"format": "pt"})
@@ -107,6 +108,8 @@ def findings(
         note(True, f"{whole[0]} is trained whole (modules_to_save); merge it into a base of its own instead")
     if tables and target != "llama.cpp":
         note(True, f"{tables[0]} is an embedding; leave it out of the targets, or merge")
+    if config.get("use_dora"):
+        note(True, "it is a DoRA adapter; merge it into its base instead")
     if config.get("use_rslora") and target != "vllm":
         rule = "alpha / rank(B)" if target == "llama.cpp" else "alpha / r"
         note(False, f"use_rslora is not read; the scale would be {rule}")
@@ -133,8 +136,10 @@ def _plain(
         a, b = factors["a"].float(), factors["b"].float() * scale
         fused = next((name for name in split if path == name or path.endswith("." + name)), None)
         if fused is None:
-            scaled[path] = {"a": a, "b": b}
+            scaled[path] = {"a": a, "b": b, **({"m": factors["m"]} if "m" in factors else {})}
             continue
+        if "m" in factors:
+            raise ValueError(f"{path} is a DoRA update, which is not cut; merge it into its base instead")
         used.add(fused)
         rows = list(split[fused].values())
         if sum(rows) != b.shape[0]:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lora.dora import contribution, squared_lengths, weight_change
 from lora.init import init_embedding, init_linear
 from lora.kernels.linear4 import Low, linears4
 from lora.kernels.lowrank import add_low_rank
@@ -24,13 +25,22 @@ from lora.quant.linear import Linear4bit, is_conv1d
 
 
 class Adapter(nn.Module):
-    """The two factors of one update, its scale and its dropout."""
+    """The two factors of one update, its scale and its dropout; for DoRA, the lengths of the rows beside."""
+
+    magnitude: nn.Parameter | None  # (out,) float32, DoRA only
+    length2: Tensor  # |W|² of the base's rows, DoRA only
 
     def __init__(self, r: int, n_in: int, n_out: int, scale: float, dropout: float, device: torch.device) -> None:
         super().__init__()
         self.a = nn.Parameter(torch.empty(r, n_in, dtype=torch.float32, device=device))
         self.b = nn.Parameter(torch.empty(n_out, r, dtype=torch.float32, device=device))
         self.scale, self.dropout = scale, dropout
+        self.register_parameter("magnitude", None)
+
+    def decompose(self, base: nn.Module) -> None:
+        """Makes this a DoRA adapter of `base`."""
+        self.register_buffer("length2", squared_lengths(base), persistent=False)
+        self.magnitude = nn.Parameter(self.length2.clamp(min=1e-30).sqrt())
 
     @property
     def r(self) -> int:
@@ -80,15 +90,23 @@ class Adapted(nn.Module):
 class LoRALinear(Adapted):
     """A linear layer of any make with low-rank updates beside it."""
 
-    def add(self, name: str, r: int, scale: float, dropout: float) -> None:
+    def add(self, name: str, r: int, scale: float, dropout: float, dora: bool = False) -> None:
         n_out, n_in = linear_shape(self.base)
         adapter = Adapter(r, n_in, n_out, scale, dropout, layer_device(self.base))
         init_linear(adapter.a, adapter.b)
+        if dora:
+            adapter.decompose(self.base)
         self.adapters[name] = adapter
 
     def forward(self, x: Tensor) -> Tensor:
         if self.merged is not None and not self.off:
             return self.merged(x)
+        decomposed = [adapter for adapter in self.on() if adapter.magnitude is not None]
+        if decomposed:
+            y0 = y = self.base(x)
+            for adapter in decomposed:
+                y = y + contribution(adapter, self.base, x, y0, self.training)
+            return add_all(y, x, [a for a in self.on() if a.magnitude is None], self.training)
         if isinstance(self.base, Linear4bit):
             low, rest = self.split()
             return add_all(self.base(x, low), x, rest, self.training)
@@ -103,7 +121,8 @@ class LoRALinear(Adapted):
 
     def delta(self) -> Tensor:
         """What the active adapters add to the weight, in the base's own layout, float32."""
-        delta = sum(self.adapters[name].delta() for name in self.active if name in self.adapters)
+        on = [self.adapters[name] for name in self.active if name in self.adapters]
+        delta: Any = sum(a.delta() if a.magnitude is None else weight_change(a, self.base) for a in on)
         return delta.T if is_conv1d(self.base) else delta
 
 
@@ -124,7 +143,8 @@ def together(x: Tensor, *layers: nn.Module) -> list[Tensor]:
     for layer in layers:
         wrapped = layer if isinstance(layer, LoRALinear) and (layer.merged is None or layer.off) else None
         base = wrapped.base if wrapped else layer
-        if type(base) is not Linear4bit or is_hooked(layer) or is_hooked(base):
+        decomposed = wrapped is not None and any(a.magnitude is not None for a in wrapped.on())
+        if type(base) is not Linear4bit or decomposed or is_hooked(layer) or is_hooked(base):
             return [layer(x) for layer in layers]
         low, rest = wrapped.split() if wrapped else (None, [])
         bases.append(base)
@@ -142,8 +162,8 @@ def is_hooked(module: nn.Module) -> bool:
 class LoRAEmbedding(Adapted):
     """An embedding table with low-rank updates: a row's update is B times a column of A."""
 
-    def add(self, name: str, r: int, scale: float, dropout: float) -> None:
-        del dropout  # an index has nothing to drop; peft ignores it here as well
+    def add(self, name: str, r: int, scale: float, dropout: float, dora: bool = False) -> None:
+        del dropout, dora  # an index has nothing to drop; peft ignores it here as well. dora is refused before
         table = self.base.weight
         adapter = Adapter(r, table.shape[0], table.shape[1], scale, 0.0, table.device)
         init_embedding(adapter.a, adapter.b)

@@ -29,7 +29,9 @@ from lora.match import candidates, output_head
 from lora.wrap import adapter_names, add_adapter, check_name, detach, is_merged
 
 CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
+MAGNITUDE = ".lora_magnitude_vector"
 _KINDS = {
+    MAGNITUDE: "m",
     ".lora_A.weight": "a",
     ".lora_B.weight": "b",
     ".lora_embedding_A": "a",
@@ -77,6 +79,8 @@ def _tensors(layers: Mapping[str, Adapted], name: str) -> dict[str, Tensor]:
             tensors |= {f"{PREFIX}{path}.lora_embedding_A": part.a, f"{PREFIX}{path}.lora_embedding_B": part.b}
         else:
             tensors |= {f"{PREFIX}{path}.lora_A.weight": part.a, f"{PREFIX}{path}.lora_B.weight": part.b}
+            if part.magnitude is not None:
+                tensors[f"{PREFIX}{path}{MAGNITUDE}"] = part.magnitude
     return tensors
 
 
@@ -102,7 +106,7 @@ def _config(model: nn.Module, layers: Mapping[str, Adapted], name: str, base: st
         "rank_pattern": {_pattern_key(path, model): part.r for path, part in low_rank.items() if part.r != r},
         "alpha_pattern": {_pattern_key(path, model): a for path, a in alphas.items() if a != alpha},
         "use_rslora": False,
-        "use_dora": False,
+        "use_dora": any(part.magnitude is not None for part in low_rank.values()),
         "modules_to_save": sorted({_suffix(path, model) for path in whole}) or None,
         "bias": "none",
         "fan_in_fan_out": conv,
@@ -174,7 +178,7 @@ def attach(
     modules = candidates(model)
     _check_places(model, modules, config, parts, whole, directory)
     plan = {path: rank_and_scale(config, path, factors, directory) for path, factors in parts.items()}
-    settings = LoRAConfig(dropout=float(config.get("lora_dropout") or 0.0))
+    settings = LoRAConfig(dropout=float(config.get("lora_dropout") or 0.0), dora=bool(config.get("use_dora")))
     frozen = {id(p) for p in model.parameters() if not p.requires_grad}
     add_adapter(model, name, settings, plan, list(whole))
     try:
@@ -188,6 +192,8 @@ def attach(
                 with torch.no_grad():
                     part.a.copy_(parts[path]["a"])
                     part.b.copy_(parts[path]["b"])
+                    if part.magnitude is not None:
+                        part.magnitude.copy_(parts[path]["m"])
             part.requires_grad_(trainable)
         sketch = _metadata(directory).get(KEY)
         if sketch and not any_base:
@@ -222,7 +228,7 @@ def read_adapter(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     for key in ("r", "lora_alpha"):
         if not isinstance(config.get(key), int | float):
             raise ValueError(f"{directory / CONFIG}: {key} is {config.get(key)!r}, which must be a number")
-    for key, fine in (("use_dora", (False, None)), ("bias", ("none", None)), ("lora_bias", (False, None))):
+    for key, fine in (("bias", ("none", None)), ("lora_bias", (False, None))):
         if config.get(key) not in fine:
             raise ValueError(f"{directory / CONFIG}: {key}={config[key]!r} is not supported yet; only plain LoRA is")
     try:
@@ -284,15 +290,20 @@ def _check_places(
         )
     for path, factors in parts.items():
         module = modules[path]
-        missing = {"a", "b"} - set(factors)
+        missing = ({"a", "b", "m"} if config.get("use_dora") else {"a", "b"}) - set(factors)
         if missing:
-            raise ValueError(f"{directory}: {path} lacks its factor {missing.pop().upper()}; the file is incomplete")
+            what = {"a": "its factor A", "b": "its factor B", "m": f"the lengths of its rows ({MAGNITUDE[1:]})"}
+            raise ValueError(f"{directory}: {path} lacks {what[min(missing)]}; the file is incomplete")
+        if "m" in factors and not config.get("use_dora"):
+            raise ValueError(f"{directory}: {path} has lengths of rows (DoRA), and {CONFIG} says use_dora: false")
         table = isinstance(module, nn.Embedding | LoRAEmbedding)
         if not table and not is_linear(module):
             raise ValueError(f"{directory}: {path} is {type(module).__name__} here, neither linear nor an embedding")
         layer: Any = module.base if isinstance(module, Adapted) else module
         n_out, n_in = tuple(layer.weight.shape)[::-1] if table else linear_shape(layer)
         a, b = factors["a"], factors["b"]
+        if "m" in factors and tuple(factors["m"].shape) != (n_out,):
+            raise ValueError(f"{directory}: {path} has {tuple(factors['m'].shape)} lengths for {n_out} rows")
         if (a.shape[1], b.shape[0]) != (n_in, n_out) or a.shape[0] != b.shape[1]:
             raise ValueError(
                 f"{directory} is for another base: {path} maps {n_in} to {n_out} here, and its factors are "

@@ -24,6 +24,7 @@ def wrap(
     *,
     exclude: Sequence[str] = (),
     rslora: bool = False,
+    dora: bool = False,
     rank_pattern: dict[str, int] | None = None,
     alpha_pattern: dict[str, float] | None = None,
     train_modules: Sequence[str] = (),
@@ -47,6 +48,7 @@ def wrap(
             dropout=dropout,
             exclude=tuple(exclude) if not isinstance(exclude, str) else (exclude,),
             rslora=rslora,
+            dora=dora,
             rank_pattern=dict(rank_pattern or {}),
             alpha_pattern=dict(alpha_pattern or {}),
             train_modules=tuple(train_modules) if not isinstance(train_modules, str) else (train_modules,),
@@ -106,6 +108,8 @@ def add_adapter(
         raise TypeError(f"{type(model).__name__} is itself a layer, which cannot replace itself; put it into a module")
     for target in (*plan, *whole):
         module, kind = modules[target], TrainedModule if target not in plan else _kind(modules[target])
+        if config.dora and kind is LoRAEmbedding:
+            raise ValueError(f"dora is for linear layers, and {target!r} is an embedding; leave it out of the targets")
         if isinstance(module, Adapted) and not isinstance(module, kind):
             raise ValueError(f"{target!r} already carries {type(module).__name__}; it cannot also be {kind.__name__}")
     if not layers:
@@ -119,7 +123,7 @@ def add_adapter(
             if isinstance(layer, TrainedModule):
                 layer.add(name)
             else:
-                layer.add(name, *plan[target], config.dropout)
+                layer.add(name, *plan[target], config.dropout, config.dora)
             layer.adapters.train(module.training)
             made[id(module)] = layer
         if made[id(module)] is not module:

@@ -242,7 +242,7 @@ WRONG: dict[str, tuple[Callable[[Path], Any], type[Exception], str]] = {
     "another kind": (lambda f: edit_config(f, peft_type="IA3"), ValueError, "'IA3'"),
     "no rank": (lambda f: edit_config(f, r=None), ValueError, "r is None"),
     "another rank": (lambda f: edit_config(f, r=8), ValueError, "rank 4"),
-    "dora": (lambda f: edit_config(f, use_dora=True), ValueError, "use_dora=True"),
+    "dora": (lambda f: edit_config(f, use_dora=True), ValueError, "lacks the lengths of its rows"),
     "biases": (lambda f: edit_config(f, bias="all"), ValueError, "bias='all'"),
     "no prefix": (lambda f: edit_tensors(f, drop_prefix), ValueError, "does not start with"),
     "another base": (lambda f: edit_tensors(f, other_prefix), ValueError, "for another base: 4 of its 4"),
@@ -250,7 +250,7 @@ WRONG: dict[str, tuple[Callable[[Path], Any], type[Exception], str]] = {
     "a DoRA tensor": (
         lambda f: edit_tensors(f, lambda t: t.update({MAGNITUDE: torch.ones(32)})),
         ValueError,
-        "not supported",
+        "says use_dora: false",
     ),
     "a missing factor": (lambda f: edit_tensors(f, lambda t: t.pop(first(t))), ValueError, "lacks its factor A"),
     "a missing layer": (lambda f: edit_tensors(f, drop_layer), ValueError, "incomplete.*v_proj"),
