@@ -6,6 +6,7 @@ line here.
 
 from typing import Any
 
+from lora.models.falcon import FalconConfig
 from lora.models.gemma import Gemma2Config, Gemma3Config
 from lora.models.gpt2 import GPT2Config
 from lora.models.llama import LlamaConfig
@@ -14,6 +15,9 @@ from lora.models.phi3 import Phi3Config
 from lora.models.qwen import Qwen2Config, Qwen3Config
 
 FAMILIES: dict[str, Any] = {
+    "RefinedWeb": FalconConfig,
+    "RefinedWebModel": FalconConfig,
+    "falcon": FalconConfig,
     "gemma2": Gemma2Config,
     "gemma3_text": Gemma3Config,
     "gpt2": GPT2Config,
