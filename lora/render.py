@@ -4,9 +4,10 @@ Prompt and completion: the ids of the prompt exactly as generation will see them
 end-of-text token; the last two are learned.  Where the prompt's last token would merge with the completion's
 first in one piece of text, the two are encoded apart, as they will be at inference.
 
-Chats: the whole chat is rendered by the model's own template.  A turn's text is what the template adds between
-"up to here, assistant to answer" and "with the answer"; no template needs patching for it.  An assistant turn is
-learned up to and with its first stop token; padding and what the template adds behind it never.
+Chats: the whole chat is rendered by the model's own template, with the row's tools and documents.  Where the template
+marks what the assistant says by {% generation %} blocks, those are the turns.  Otherwise a turn's text is what the
+template adds between "up to here, assistant to answer" and "with the answer"; no template needs patching for it.  An
+assistant turn is learned up to and with its first stop token; padding and what the template adds behind it never.
 """
 
 from collections.abc import Sequence
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from lora.models.tokenizer import Tokenizer
-from lora.rows import Row
+from lora.rows import Row, given_in
 
 
 @dataclass(frozen=True)
@@ -70,11 +71,15 @@ def render(rows: Sequence[Row], tokenizer: Tokenizer, max_length: int) -> list[E
     """Every row as an Example.
 
     Raises ValueError naming the row when it is longer than `max_length` tokens (its learned tokens would be cut
-    away: shorten it, leave it out or raise the limit), or when nothing in it would be learned.
+    away: shorten it, leave it out or raise the limit), when nothing in it would be learned, or when the chat template
+    refuses it.
     """
     examples = []
     for i, row in enumerate(rows):
-        ids, learned = _chat(row, tokenizer, i) if "messages" in row else _pair(row, tokenizer)
+        try:
+            ids, learned = _chat(row, tokenizer) if "messages" in row else _pair(row, tokenizer)
+        except ValueError as e:
+            raise ValueError(f"row {i}: {e}") from None
         learned[0] = False  # nothing stands before the first token, so nothing predicts it
         if not any(learned):
             raise ValueError(f"row {i}: none of its {len(ids)} tokens would be learned")
@@ -98,26 +103,10 @@ def _pair(row: Row, tokenizer: Tokenizer) -> tuple[list[int], list[bool]]:
     return whole, [i >= len(prompt) for i in range(len(whole))]
 
 
-def _chat(row: Row, tokenizer: Tokenizer, number: int) -> tuple[list[int], list[bool]]:
-    messages = row["messages"]
-    text = tokenizer.render(messages)
-    spans = []
-    for i, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        before = tokenizer.render(messages[:i], prompt=True)
-        after = tokenizer.render(messages[: i + 1])
-        if i == 0 and not after.startswith(before):
-            raise ValueError(
-                f"row {number}: the chat begins with an answer, and the chat template of {tokenizer.source} then puts "
-                "a turn of its own before it; begin with a system or user turn"
-            )
-        if not after.startswith(before) or not text.startswith(after):
-            raise ValueError(
-                f"row {number}: the chat template of {tokenizer.source} writes turn {i} otherwise once it is answered "
-                "or followed by others, so what to learn cannot be told; split the chat so that this turn is its last"
-            )
-        spans.append((len(before), len(after)))
+def _chat(row: Row, tokenizer: Tokenizer) -> tuple[list[int], list[bool]]:
+    text, spans = tokenizer.render_generated(row["messages"], **given_in(row))
+    if spans is None:
+        spans = _turns(row, text, tokenizer)
     # cut where an answer begins, as generation cuts: what it was asked is encoded apart from what it says
     ids: list[int] = []
     learned: list[bool] = []
@@ -131,6 +120,32 @@ def _chat(row: Row, tokenizer: Tokenizer, number: int) -> tuple[list[int], list[
         done = end
     rest = tokenizer.encode_on(text[done:])
     return ids + rest, learned + [False] * len(rest)
+
+
+def _turns(row: Row, text: str, tokenizer: Tokenizer) -> list[tuple[int, int]]:
+    """(start, end) of each assistant turn in the rendered chat."""
+    messages, given = row["messages"], given_in(row)
+    spans = []
+    for i, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        before = tokenizer.render(messages[:i], prompt=True, **given)
+        after = tokenizer.render(messages[: i + 1], **given)
+        if i == 0 and not after.startswith(before):
+            raise ValueError(
+                f"the chat begins with an answer, and the chat template of {tokenizer.source} then puts a turn of its "
+                "own before it; begin with a system or user turn"
+            )
+        if not text.startswith(after):  # Phi-3's template ends a chat, not a turn, with an end-of-text token
+            after = after.removesuffix(tokenizer.tokens.get("eos_token", ""))
+        if not after.startswith(before) or not text.startswith(after):
+            raise ValueError(
+                f"the chat template of {tokenizer.source} writes turn {i} otherwise once it is answered or followed by "
+                "others, so what to learn cannot be told; split the chat so that this turn is its last, or write the "
+                "row as prompt and completion"
+            )
+        spans.append((len(before), len(after)))
+    return spans
 
 
 def collate(examples: Sequence[Example], pad: int = 0) -> Batch:

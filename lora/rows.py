@@ -2,6 +2,9 @@
 
 {"prompt": "...", "completion": "..."}           the completion is learned
 {"messages": [{"role": ..., "content": ...}]}    every assistant turn is learned
+
+Beside messages may stand "tools" and "documents", lists of objects for the chat template; an assistant's message may
+hold "tool_calls", and then leave out its content.
 """
 
 import json
@@ -12,6 +15,7 @@ from typing import Any
 Row = dict[str, Any]
 Data = str | Path | Sequence[Row]
 ROLES = ("system", "user", "assistant", "tool")
+GIVEN = ("tools", "documents")  # what a chat template is given besides the messages
 
 
 def read_rows(data: Data) -> list[Row]:
@@ -49,6 +53,10 @@ def _check(where: str, row: Any) -> None:
         raise ValueError(f"{where} is {type(row).__name__}, not an object with prompt and completion, or messages")
     if "messages" in row:
         _check_messages(where, row["messages"])
+        for key in GIVEN:
+            value = row.get(key)
+            if value is not None and not (isinstance(value, list) and all(isinstance(v, dict) for v in value)):
+                raise ValueError(f"{where}: {key!r} must be a list of objects")
         return
     for key in ("prompt", "completion"):
         if key not in row:
@@ -65,24 +73,33 @@ def _check_messages(where: str, messages: Any) -> None:
     if not isinstance(messages, list) or not messages:
         raise ValueError(f"{where}: messages must be a list that is not empty")
     for message in messages:
+        calls = isinstance(message, dict) and message.get("role") == "assistant" and message.get("tool_calls")
+        if calls and message.get("content") is None:
+            continue
         if not isinstance(message, dict) or not isinstance(message.get("content"), str):
             raise ValueError(f"{where}: each message needs a role and a text as content, and one is {message!r}")
         if message.get("role") not in ROLES:
             raise ValueError(f"{where}: role {message.get('role')!r} is not one of {', '.join(ROLES)}")
-    if not any(m["role"] == "assistant" and m["content"] for m in messages):
+    if not any(m["role"] == "assistant" and (m.get("content") or m.get("tool_calls")) for m in messages):
         raise ValueError(f"{where} has no assistant message with content, so nothing could be learned from it")
 
 
-def prompt_of(row: Row) -> str | list[Row]:
-    """What the model is asked in a row: the prompt, or the chat up to its last assistant turn."""
+def given_in(row: Row) -> Row:
+    """The tools and documents of a chat."""
+    return {key: row[key] for key in GIVEN if row.get(key) is not None}
+
+
+def prompt_of(row: Row) -> str | list[Row] | Row:
+    """What the model is asked in a row: the prompt, or the chat up to its last assistant turn, with its tools."""
     if "messages" in row:
         last = max(i for i, m in enumerate(row["messages"]) if m["role"] == "assistant")
-        return row["messages"][:last]
+        asked, given = row["messages"][:last], given_in(row)
+        return {"messages": asked} | given if given else asked
     return row["prompt"]
 
 
 def reference_of(row: Row) -> str:
-    """What it should answer: the completion, or the last assistant turn."""
+    """What it should answer: the completion, or the text of the last assistant turn, empty where it calls tools."""
     if "messages" in row:
-        return [m["content"] for m in row["messages"] if m["role"] == "assistant"][-1]
+        return [m.get("content") or "" for m in row["messages"] if m["role"] == "assistant"][-1]
     return row["completion"]

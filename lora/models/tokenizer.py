@@ -1,27 +1,24 @@
 """Text to ids and back, and chats to text: a `tokenizers` tokenizer with its special tokens and chat template.
 
-Chat templates are Jinja2, run in a sandbox with the helpers that published templates use (raise_exception,
-strftime_now, tojson, loop controls).  Source: transformers 5, utils/chat_template_utils.py.
+Where the files lie, and which of several chat templates is taken: as transformers 5, tokenization_utils_base.py.
 """
 
-import datetime
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
-import jinja2.ext
-import jinja2.sandbox
 import tokenizers
 
 from lora.files import read_json
+from lora.models.chat_template import render_generated, render_template
 
 
 class Tokenizer:
     """ids <-> text with a model's own vocabulary.
 
-    `stop` are the ids that end a text; `eos` the one that training appends.
+    `stop` are the ids that end a text; `eos` the one that training appends.  `chat_template` is one template, or
+    several by name: "tool_use" is for chats with tools, "default" for the others.
     """
 
     def __init__(
@@ -33,14 +30,15 @@ class Tokenizer:
         pad: str | None = None,
         add_bos: bool = False,
         stop: Sequence[int] = (),
-        chat_template: str | None = None,
+        chat_template: str | dict[str, str] | None = None,
         source: str = "tokenizer",
     ) -> None:
         backend.no_truncation()  # files switch both on at times; a row is never cut in silence
         backend.no_padding()
         self.backend, self.source, self.chat_template = backend, source, chat_template
         self.bos, self.eos, self.pad = self._id(bos, "bos"), self._id(eos, "eos"), self._id(pad, "pad")
-        self.tokens = {"bos_token": bos or "", "eos_token": eos or "", "pad_token": pad or ""}
+        named = {"bos_token": bos, "eos_token": eos, "pad_token": pad}
+        self.tokens = {key: token for key, token in named.items() if token is not None}
         self.stop = tuple(dict.fromkeys([*([] if self.eos is None else [self.eos]), *stop]))
         template_bos = self.bos is not None and backend.encode("a").ids[:1] == [self.bos]
         self.add_bos = template_bos or (add_bos and self.bos is not None)
@@ -76,22 +74,48 @@ class Tokenizer:
         """Text of `ids`; special tokens are left out unless asked for."""
         return self.backend.decode(list(ids), skip_special_tokens=not special)
 
-    def render(self, messages: Sequence[dict[str, Any]], *, prompt: bool = False, **variables: Any) -> str:
+    def render(
+        self,
+        messages: Sequence[dict[str, Any]],
+        *,
+        prompt: bool = False,
+        tools: Sequence[dict[str, Any]] | None = None,
+        documents: Sequence[dict[str, Any]] | None = None,
+        **variables: Any,
+    ) -> str:
         """A chat as the model's own text; with `prompt`, ready for the assistant to answer.
 
+        `tools` are JSON schemas, `documents` have a title and a text; a template that knows neither leaves them out.
         Raises ValueError where the model has no chat template, or the template refuses the messages.
         """
-        if self.chat_template is None:
-            raise ValueError(f"{self.source} has no chat template; use prompt and completion rows, or another model")
+        given = {"tools": tools, "documents": documents, "add_generation_prompt": prompt} | self.tokens | variables
+        return self._templated(render_template, messages, given)
+
+    def render_generated(
+        self, messages: Sequence[dict[str, Any]], **given: Any
+    ) -> tuple[str, list[tuple[int, int]] | None]:
+        """`render`, and where in it the template's own generation blocks stand; None where it has none."""
+        given = {"tools": None, "documents": None, "add_generation_prompt": False} | self.tokens | given
+        return self._templated(render_generated, messages, given)
+
+    def _templated(self, write: Callable[..., Any], messages: Sequence[dict[str, Any]], given: dict[str, Any]) -> Any:
+        template = self.chat_template
+        if isinstance(template, dict):
+            template = template.get("tool_use" if "tool_use" in template and given["tools"] is not None else "default")
+        if template is None:
+            names = f"; it has {sorted(self.chat_template)}, none of them the default" if self.chat_template else ""
+            raise ValueError(
+                f"{self.source} has no chat template{names}; use prompt and completion rows, or another model"
+            )
         try:
-            template = _environment().from_string(self.chat_template)
-            return template.render(messages=messages, add_generation_prompt=prompt, **self.tokens, **variables)
-        except jinja2.TemplateError as e:
+            return write(template, messages, **given)
+        except ValueError as e:
             raise ValueError(f"the chat template of {self.source} does not take these messages: {e}") from None
 
     @classmethod
     def from_directory(cls, folder: Path) -> "Tokenizer":
-        """From tokenizer.json, tokenizer_config.json, generation_config.json and chat_template.jinja."""
+        """From tokenizer.json, tokenizer_config.json, generation_config.json, and the chat templates in
+        tokenizer_config.json, or before it chat_template.jinja and additional_chat_templates/<name>.jinja."""
         path = folder / "tokenizer.json"
         if not path.is_file():
             raise FileNotFoundError(f"{folder} holds no tokenizer.json; a slow tokenizer must be converted first")
@@ -102,11 +126,6 @@ class Tokenizer:
         config = _optional(folder / "tokenizer_config.json") | {}
         specials = _optional(folder / "special_tokens_map.json")
         tokens = {k: _content(config.get(f"{k}_token", specials.get(f"{k}_token"))) for k in ("bos", "eos", "pad")}
-        template = config.get("chat_template")
-        if isinstance(template, list):  # several, by name
-            template = next((t["template"] for t in template if t.get("name") == "default"), None)
-        if (folder / "chat_template.jinja").is_file():
-            template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
         stop = _optional(folder / "generation_config.json").get("eos_token_id")
         stop = stop if isinstance(stop, list) else [] if stop is None else [stop]
         return cls(
@@ -114,19 +133,25 @@ class Tokenizer:
             **tokens,
             add_bos=bool(config.get("add_bos_token")),
             stop=stop,
-            chat_template=template,
+            chat_template=_chat_template(folder, config),
             source=str(folder),
         )
 
     def save(self, folder: Path) -> None:
         """Writes the files that `from_directory` reads."""
         self.backend.save(str(folder / "tokenizer.json"))
-        config: dict[str, Any] = {key: token for key, token in self.tokens.items() if token}
-        config |= {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": self.add_bos}
+        config: dict[str, Any] = self.tokens | {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "add_bos_token": self.add_bos,
+        }
         config |= {"clean_up_tokenization_spaces": False}
-        if self.chat_template is not None:
-            config["chat_template"] = self.chat_template
-        (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1, ensure_ascii=False) + "\n")
+        template = self.chat_template
+        if isinstance(template, dict):
+            config["chat_template"] = [{"name": name, "template": text} for name, text in template.items()]
+        elif template is not None:
+            config["chat_template"] = template
+        text = json.dumps(config, indent=1, ensure_ascii=False) + "\n"
+        (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")
         ids = {"bos_token_id": self.bos, "eos_token_id": list(self.stop), "pad_token_id": self.pad}
         ids = {key: value for key, value in ids.items() if value not in (None, [])}
         (folder / "generation_config.json").write_text(json.dumps(ids, indent=1) + "\n")
@@ -140,18 +165,14 @@ def _content(token: Any) -> str | None:
     return token.get("content") if isinstance(token, dict) else token
 
 
-def _environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
-    env = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols]
-    )
-
-    def raise_exception(message: str) -> None:
-        raise jinja2.TemplateError(message)
-
-    def tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, **options: Any) -> str:
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **options)  # Jinja's own escapes HTML
-
-    env.filters["tojson"] = tojson
-    env.globals["raise_exception"] = raise_exception
-    env.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
-    return env
+def _chat_template(folder: Path, config: dict[str, Any]) -> str | dict[str, str] | None:
+    """One template, or several by name; those in files of their own go before those in the config."""
+    files = {path.stem: path for path in sorted((folder / "additional_chat_templates").glob("*.jinja"))}
+    if (folder / "chat_template.jinja").is_file():
+        files["default"] = folder / "chat_template.jinja"
+    found: Any = {name: path.read_text(encoding="utf-8") for name, path in files.items()}
+    if not found:
+        found = config.get("chat_template")
+    if isinstance(found, list):
+        found = {t["name"]: t["template"] for t in found}
+    return found["default"] if isinstance(found, dict) and list(found) == ["default"] else found
