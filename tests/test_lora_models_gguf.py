@@ -1,6 +1,7 @@
-"""GGUF files written here and read back: each block format, the order of rotary rows, and foreign or cut files."""
+"""GGUF files written here and read back: each block format and architecture, and foreign or cut files."""
 
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -11,12 +12,15 @@ from tokenizers import pre_tokenizers
 
 import lora
 
-KINDS = {name: gguf.GGMLQuantizationType[name] for name in ("Q4_0", "Q4_1", "Q8_0", "F16", "F32")}
+KINDS = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "BF16", "F16", "F32")
+SCALES = {"Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}  # a block's float16s
 PARTS = {
     "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k",
     "self_attn.v_proj": "attn_v",
     "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
@@ -40,25 +44,56 @@ def paired(w: np.ndarray, heads: int) -> np.ndarray:
     return w.reshape(heads, 2, w.shape[0] // heads // 2, -1).swapaxes(1, 2).reshape(w.shape)
 
 
+def packed(w: np.ndarray, kind: str) -> np.ndarray:
+    """The rows of w as blocks; of a kind that the package cannot write, random blocks with scales of both signs."""
+    if kind not in SCALES:
+        return gguf.quants.quantize(w, gguf.GGMLQuantizationType[kind])
+    length, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
+    draw = np.random.default_rng(w.size)
+    blocks = draw.integers(0, 256, (w.size // length, size), dtype=np.uint8)
+    for at in SCALES[kind]:
+        blocks[:, at : at + 2] = draw.normal(0, 2e-4, (len(blocks), 1)).astype(np.float16).view(np.uint8)
+    return blocks.reshape(len(w), -1)
+
+
 def write(
-    path: Path, kind: str, *, tied: bool = False, pre: str = "gpt-2", architecture: str = "llama", model: str = "gpt2"
-) -> transformers.LlamaForCausalLM:
-    """Writes a random Llama; returns transformers' model with the weights that the file holds once decoded."""
-    config = transformers.LlamaConfig(
-        vocab_size=288, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+    path: Path,
+    kind: str,
+    *,
+    tied: bool = False,
+    pre: str = "gpt-2",
+    architecture: str = "llama",
+    model: str = "gpt2",
+    scaling: str = "none",
+    **settings: Any,
+) -> Any:
+    """Writes a random model; returns transformers' with the weights that the file holds once decoded."""
+    wide = 256 if kind in SCALES else 64
+    head_dim = wide // 2 if architecture == "qwen3" else wide // 4
+    family = {"qwen2": "Qwen2", "qwen3": "Qwen3"}.get(architecture, "Llama")
+    ropes: dict[str, Any] = {"rope_type": "default", "rope_theta": 5000.0}
+    ropes |= {"rope_type": "linear", "factor": 4.0} if scaling == "linear" else {}
+    config = getattr(transformers, f"{family}Config")(
+        vocab_size=288, hidden_size=wide, intermediate_size=2 * wide, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.1, rms_norm_eps=1e-5,
-        tie_word_embeddings=tied, rope_parameters={"rope_type": "default", "rope_theta": 5000.0},
+        tie_word_embeddings=tied, rope_parameters=ropes, head_dim=head_dim, **settings,
     )  # fmt: skip
-    theirs = transformers.LlamaForCausalLM(config).eval().requires_grad_(False)
+    theirs = getattr(transformers, f"{family}ForCausalLM")(config).eval().requires_grad_(False)
     w = gguf.GGUFWriter(path, architecture)
     w.add_context_length(64)
-    w.add_embedding_length(64)
+    w.add_embedding_length(wide)
     w.add_block_count(2)
-    w.add_feed_forward_length(128)
+    w.add_feed_forward_length(2 * wide)
     w.add_head_count(4)
     w.add_head_count_kv(2)
     w.add_layer_norm_rms_eps(1e-5)
     w.add_rope_freq_base(5000.0)
+    if architecture == "qwen3":
+        w.add_key_length(head_dim)
+        w.add_value_length(head_dim)
+    if scaling != "none":
+        w.add_rope_scaling_type(gguf.RopeScalingType(scaling))
+        w.add_rope_scaling_factor(4.0)
     w.add_tokenizer_model(model)
     w.add_tokenizer_pre(pre)
     tokens = ["</s>", *sorted(pre_tokenizers.ByteLevel.alphabet()), "th"]
@@ -67,13 +102,13 @@ def write(
     w.add_token_merges(["t h"])
     w.add_eos_token_id(0)
     for name, p in theirs.named_parameters():
-        plain = p.dim() == 1
-        quant = KINDS["F32" if plain else kind]
-        data = p.numpy().copy()
+        if p.dim() == 1:  # biases begin at 0 and norms at 1, where mistakes with them would not show
+            p.add_(0.1 * torch.randn_like(p))
+        quant = gguf.GGMLQuantizationType["F32" if p.dim() == 1 else kind]
+        raw = packed(p.numpy().copy(), quant.name)
+        p.copy_(torch.from_numpy(np.array(gguf.quants.dequantize(raw, quant), dtype=np.float32)))
         heads = 4 if "q_proj" in name else 2 if "k_proj" in name else 0
-        packed = gguf.quants.quantize(data, quant)
-        p.copy_(torch.from_numpy(np.array(gguf.quants.dequantize(packed, quant), dtype=np.float32)))
-        raw = gguf.quants.quantize(paired(data, heads) if heads else data, quant)
+        raw = paired(raw, heads) if heads and family == "Llama" else raw
         w.add_tensor(file_name(name), raw, raw_dtype=quant)
     w.write_header_to_file()
     w.write_kv_data_to_file()
@@ -88,12 +123,51 @@ def test_a_file_gives_the_logits_of_its_decoded_weights(kind: str, tmp_path: Pat
     theirs = write(tmp_path / "a.gguf", kind)
     ours, tokenizer = lora.load(tmp_path / "a.gguf", device="cpu")
     for name, p in theirs.named_parameters():
+        assert p.isfinite().all() and p.std() > 0.001, name
         assert torch.equal(ours.get_parameter(name), p), name
     ids = torch.randint(1, 250, (2, 20))
-    assert (ours(ids) - theirs(ids).logits).abs().max() < 1e-5
+    want = theirs(ids).logits
+    assert (ours(ids) - want).abs().max() < 1e-5 * max(1.0, float(want.abs().max()))
     text = "the thing, naïve 日本"
     assert tokenizer.decode(tokenizer.encode(text)) == text
     assert tokenizer.backend.token_to_id("th") in tokenizer.encode("the") and tokenizer.stop == (0,)
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_K", "F32"])
+@pytest.mark.parametrize(
+    ("architecture", "settings"),
+    [("qwen2", {}), ("qwen3", {}), ("qwen3", {"attention_bias": True}), ("qwen2", {"tied": True, "scaling": "linear"})],
+    ids=["qwen2", "qwen3", "qwen3 biases", "qwen2 tied and scaled"],
+)
+@torch.no_grad()
+def test_qwen_gives_the_logits_of_its_folder(
+    architecture: str, settings: dict[str, Any], kind: str, tmp_path: Path
+) -> None:
+    theirs = write(tmp_path / "a.gguf", kind, architecture=architecture, pre="qwen2", **settings)
+    theirs.save_pretrained(tmp_path / "folder")
+    ours, tokenizer = lora.load(tmp_path / "a.gguf", device="cpu")
+    tokenizer.save(tmp_path / "folder")
+    other, _ = lora.load(tmp_path / "folder", device="cpu")
+    assert ours.config == other.config
+    ids = torch.randint(1, 250, (2, 20))
+    assert torch.equal(ours(ids), other(ids))
+    want = theirs(ids).logits
+    assert (ours(ids) - want).abs().max() < 1e-5 * max(1.0, float(want.abs().max()))
+
+
+def test_qwen_splits_text_as_its_own_tokenizer_does(tmp_path: Path) -> None:
+    write(tmp_path / "a.gguf", "F32", architecture="qwen2", pre="qwen2")
+    _, tokenizer = lora.load(tmp_path / "a.gguf", device="cpu")
+    merges: Any = [("t", "h")]
+    theirs = transformers.Qwen2Tokenizer(vocab=tokenizer.backend.get_vocab(), merges=merges)
+    for text in ("It's the 2024th\n\n  day", "e\u0301 日本 🙂\t x", "THE't th\r\n \n", " 1 22 333"):
+        assert tokenizer.encode(text) == theirs.encode(text, add_special_tokens=False)
+
+
+def test_a_rope_that_is_not_known_is_refused(tmp_path: Path) -> None:
+    write(tmp_path / "a.gguf", "F32", scaling="yarn")
+    with pytest.raises(ValueError, match="rope scaling 'yarn' is not known"):
+        lora.load(tmp_path / "a.gguf", device="cpu")
 
 
 @torch.no_grad()

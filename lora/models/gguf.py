@@ -1,9 +1,9 @@
 """Reading a GGUF file: its settings, its tokenizer and its tensors, one at a time.
 
-The `gguf` package parses the header and decodes blocks (Q4_0, Q4_1, Q5, Q8_0, K-quants, F16, F32).  Tensors are
-read with plain file reads, not a memory map, so that what was read can be given back at once.
-llama.cpp stores the rows of q_proj and k_proj with the two halves of each rotary pair side by side; they are put
-back to Hugging Face's order, halves apart.
+The architectures are llama, qwen2 and qwen3.  The `gguf` package parses the header and decodes blocks (Q4_0, Q4_1,
+Q5, Q8_0, K-quants, BF16, F16, F32).  Tensors are read with plain file reads, not a memory map, so that what was read
+can be given back at once.  In a Llama, llama.cpp stores the rows of q_proj and k_proj with the two halves of each
+rotary pair side by side; they are put back to Hugging Face's order, halves apart.  Qwen's rows are in that order.
 """
 
 from collections.abc import Iterator
@@ -13,12 +13,14 @@ from typing import Any
 import numpy as np
 import tokenizers
 import torch
-from tokenizers import AddedToken, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from torch import Tensor
 
 from lora.models.llama import LlamaConfig
+from lora.models.qwen import Qwen2Config, Qwen3Config
 from lora.models.tokenizer import Tokenizer
 
+_ARCHITECTURES = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
 _NAMES = {
     "token_embd": "model.embed_tokens",
     "output_norm": "model.norm",
@@ -28,6 +30,8 @@ _NAMES = {
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
     "attn_v": "self_attn.v_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
     "attn_output": "self_attn.o_proj",
     "ffn_gate": "mlp.gate_proj",
     "ffn_up": "mlp.up_proj",
@@ -35,6 +39,7 @@ _NAMES = {
 }
 # Splitting of text before the merges, by the file's name for it.  GPT-2's pattern is the tokenizers library's own.
 _LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"  # noqa: E501
+_QWEN2 = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
 _DECODE_BYTES = 2**24  # float32 bytes decoded at a time: bounds what a large embedding needs beside itself
 
 
@@ -66,15 +71,16 @@ class GGUF:
             raise ValueError(f"{path} is cut short: it has {path.stat().st_size:,} bytes and its tensors need {end:,}")
 
     def config(self) -> LlamaConfig:
-        """The model's shapes. Raises ValueError for another architecture or a missing setting."""
+        """The model's shapes. Raises ValueError for an unknown architecture or rope, or a missing setting."""
         architecture = self.fields.get("general.architecture")
-        if architecture != "llama":
-            raise ValueError(f"{self.path}: architecture {architecture!r} is not known; there is 'llama'")
+        if architecture not in _ARCHITECTURES:
+            known = ", ".join(_ARCHITECTURES)
+            raise ValueError(f"{self.path}: architecture {architecture!r} is not known; there are {known}")
 
         def get(key: str, default: Any = None) -> Any:
-            value = self.fields.get(f"llama.{key}", default)
+            value = self.fields.get(f"{architecture}.{key}", default)
             if value is None:
-                raise ValueError(f"{self.path} lacks the setting llama.{key}")
+                raise ValueError(f"{self.path} lacks the setting {architecture}.{key}")
             return value
 
         shapes = {name: shape for name, _, shape, *_ in self.tensors_info}
@@ -82,19 +88,32 @@ class GGUF:
             raise ValueError(f"{self.path} holds no token_embd.weight")
         if "rope_freqs.weight" in shapes:
             raise ValueError(f"{self.path} stores Llama 3.1's rope scaling as a tensor, which is not supported yet")
+        scaling = get("rope.scaling.type", "none")
+        if scaling not in ("none", "linear"):
+            raise ValueError(f"{self.path}: rope scaling {scaling!r} is not known; there are none and linear")
         heads, width = get("attention.head_count"), get("embedding_length")
-        return LlamaConfig(
+        head_dim = get("attention.key_length", get("rope.dimension_count", width // heads))
+        if get("rope.dimension_count", head_dim) != head_dim:
+            raise ValueError(f"{self.path} turns a part of each head alone, which these models do not")
+        own: dict[str, Any] = {}
+        if architecture != "llama":
+            own["attention_bias"] = "blk.0.attn_q.bias" in shapes
+            own["output_bias"] = "blk.0.attn_output.bias" in shapes
+            own["qk_norm"] = architecture == "qwen3"
+        return _ARCHITECTURES[architecture](
             vocab_size=shapes["token_embd.weight"][0],
             hidden_size=width,
             intermediate_size=get("feed_forward_length"),
             num_layers=get("block_count"),
             num_heads=heads,
             num_kv_heads=get("attention.head_count_kv", heads),
-            head_dim=get("rope.dimension_count", width // heads),
+            head_dim=head_dim,
             max_length=get("context_length"),
             eps=round(get("attention.layer_norm_rms_epsilon"), 12),  # a float32 that means 1e-5
             rope_theta=get("rope.freq_base", 10000.0),
+            rope_scaling={"rope_type": "linear", "factor": get("rope.scaling.factor")} if scaling == "linear" else None,
             tied="output.weight" not in shapes,
+            **own,
         )
 
     def tensors(self, config: LlamaConfig) -> Iterator[tuple[str, Tensor]]:
@@ -106,7 +125,7 @@ class GGUF:
             except (NotImplementedError, ValueError, KeyError) as e:
                 raise ValueError(f"{self.path}: {name} is of type {kind.name}, which cannot be decoded ({e})") from None
             heads = {"attn_q": config.num_heads, "attn_k": config.num_kv_heads}.get(name.split(".")[-2])
-            if heads:
+            if heads and config.model_type == "llama":
                 w = w.view(heads, shape[0] // heads // 2, 2, shape[1]).transpose(1, 2).reshape(shape)
             yield _hf_name(name, self.path), w
 
@@ -133,7 +152,10 @@ class GGUF:
         backend = tokenizers.Tokenizer(
             models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges, fuse_unk=False)
         )
-        backend.pre_tokenizer = _pre_tokenizer(f.get("tokenizer.ggml.pre", "default"), path, remedy)
+        pre = f.get("tokenizer.ggml.pre", "default")
+        backend.pre_tokenizer = _pre_tokenizer(pre, path, remedy)
+        if pre == "qwen2":
+            backend.normalizer = normalizers.NFC()
         backend.decoder = decoders.ByteLevel()
         # llama.cpp's types: 3 control (special), 4 user-defined; both are matched whole before the merges
         special = [AddedToken(t, special=True, normalized=False) for t, k in zip(tokens, kinds, strict=True) if k == 3]
@@ -161,7 +183,7 @@ def _hf_name(name: str, path: Path) -> str:
     prefix = f"model.layers.{parts[1]}." if parts[0] == "blk" else ""
     stem = parts[-2]
     if stem not in _NAMES:
-        raise ValueError(f"{path}: tensor {name!r} has no place in a Llama model")
+        raise ValueError(f"{path}: tensor {name!r} has no place in a model of Llama's blocks")
     return f"{prefix}{_NAMES[stem]}.{parts[-1]}"
 
 
@@ -171,7 +193,7 @@ def _pre_tokenizer(name: str, path: Path, remedy: str) -> pre_tokenizers.PreToke
         return pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
     if name == "gpt-2":
         return pre_tokenizers.ByteLevel(add_prefix_space=False)
-    if name == "llama-bpe":
-        split = pre_tokenizers.Split(tokenizers.Regex(_LLAMA3), behavior="isolated")
+    if name in ("llama-bpe", "qwen2"):
+        split = pre_tokenizers.Split(tokenizers.Regex(_LLAMA3 if name == "llama-bpe" else _QWEN2), behavior="isolated")
         return pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     raise ValueError(f"{path}: pre-tokenizer {name!r} is not known; {remedy}")
