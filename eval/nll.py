@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lora.kernels.cross_entropy import linear_cross_entropy
-from lora.models.base import CausalLM
+from lora.models.base import CausalLM, refuse_encoder
 from lora.render import Batch, Example, collate
 
 
@@ -28,6 +28,7 @@ def token_nll(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
             return linear_cross_entropy(h, head.weight, batch.target)
         logits = model.logits(h).float()
     else:
+        refuse_encoder(model, "a token's likelihood")
         logits = model(input_ids=batch.ids, attention_mask=batch.real.long()).logits
         logits = logits.reshape(-1, logits.shape[-1]).index_select(0, batch.at).float()
     nll = nn.functional.cross_entropy(logits, batch.target, reduction="none")

@@ -62,12 +62,22 @@ def shared_storage(model: nn.Module) -> dict[int, list[str]]:
     return {address: names for address, names in users.items() if len(names) > 1}
 
 
+def heads(model: nn.Module) -> set[str]:
+    """Names of the layers that "all-linear" leaves out: all in the heads of an encoder of ours, or the output head."""
+    named = getattr(model, "class_heads", None)
+    if named is None:
+        return {head} if (head := output_head(model)) else set()
+    return {name for name in candidates(model) if any(part in named for part in name.split("."))}
+
+
 def output_head(model: nn.Module) -> str | None:
     """The name of the layer that makes logits, by structure; None where there is no such thing.
 
     It is what a transformers model names in get_output_embeddings, or the linear layer that shares its weight
     with an embedding, or one with as many outputs as an embedding has rows.
     """
+    if getattr(model, "class_heads", None) is not None:  # one of our encoders
+        return None
     modules: dict[str, Any] = {name: m.base if isinstance(m, Adapted) else m for name, m in candidates(model).items()}
     ask: Any = getattr(model, "get_output_embeddings", None)
     try:

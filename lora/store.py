@@ -25,7 +25,7 @@ from lora.config import LoRAConfig
 from lora.files import new_directory, read_json
 from lora.fingerprint import KEY, check, fingerprint
 from lora.layer import Adapted, LoRAEmbedding, TrainedModule, adapted, is_linear, linear_shape
-from lora.match import candidates, output_head
+from lora.match import candidates, heads, output_head
 from lora.wrap import adapter_names, add_adapter, check_name, detach, is_merged
 
 CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
@@ -97,7 +97,7 @@ def _config(model: nn.Module, layers: Mapping[str, Adapted], name: str, base: st
     conv = any(hasattr(layer.base, "nf") for layer in layers.values())
     return {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM" if output_head(model) else None,
+        "task_type": getattr(model, "peft_task", None) or ("CAUSAL_LM" if output_head(model) else None),
         "base_model_name_or_path": base or from_transformers,
         "r": r,
         "lora_alpha": alpha,
@@ -329,7 +329,7 @@ def _check_places(
         for n, m in modules.items()
         if (is_linear(m) or isinstance(m, nn.Embedding | LoRAEmbedding)) and _peft_means(model, config, n)
     }
-    empty = sorted(meant - set(parts))
+    empty = sorted(meant - set(parts) - set(whole))  # as in peft, a module that is trained whole needs no factors
     if empty:
         raise ValueError(
             f"{directory} is incomplete: {CONFIG} means {len(meant)} layers, and {len(empty)} of them, such as "
@@ -349,7 +349,7 @@ def _peft_means(model: nn.Module, config: Mapping[str, Any], name: str) -> bool:
     if layers is not None or config.get("exclude_modules") and means(config["exclude_modules"]):
         return False  # a choice by layer number is left to the file's own tensors
     if targets == "all-linear":
-        return name != output_head(model) and is_linear(candidates(model)[name])
+        return name not in heads(model) and is_linear(candidates(model)[name])
     return means(targets)
 
 

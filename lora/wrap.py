@@ -12,7 +12,7 @@ from torch import nn
 
 from lora.config import LoRAConfig
 from lora.layer import Adapted, LoRAEmbedding, LoRALinear, TrainedModule, adapted, is_linear
-from lora.match import candidates, matches, output_head, select
+from lora.match import candidates, heads, matches, select
 
 
 def wrap(
@@ -70,8 +70,8 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> dict[str, tuple[int, f
     modules = candidates(model)
     fit = [n for n, m in modules.items() if is_linear(m) or isinstance(m, nn.Embedding | LoRAEmbedding)]
     if config.targets == "all-linear":
-        head = output_head(model)
-        names = [n for n in fit if is_linear(modules[n]) and modules[n] is not (head and modules[head])]
+        left = {id(modules[name]) for name in heads(model)}
+        names = [n for n in fit if is_linear(modules[n]) and id(modules[n]) not in left]
         if not names and not config.train_modules:
             raise ValueError(f'targets="all-linear" finds no linear layer in {type(model).__name__} besides its head')
     else:

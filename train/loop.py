@@ -23,7 +23,7 @@ from lora.eval.report import write_report
 from lora.files import refuse_filled, write_text
 from lora.kernels.scratch import keep_pages
 from lora.layer import adapted
-from lora.models.base import Model
+from lora.models.base import Model, refuse_encoder
 from lora.models.save import save_pretrained
 from lora.models.tokenizer import Tokenizer
 from lora.render import Example, collate, length_limit, render
@@ -66,10 +66,12 @@ def fit(
     `train` and `valid` are a .jsonl file or a list of rows (`lora.rows`).  Everything that can be checked is checked
     before the first step and before a file is written.
 
-    Raises ValueError when nothing is trainable, a row cannot be used, or the data is empty; FileExistsError when
-    `config.out` holds another run; RuntimeError on a merged model, or when a loss or gradient is not finite.
+    Raises TypeError for an encoder; ValueError when nothing is trainable, a row cannot be used, or the data is empty;
+    FileExistsError when `config.out` holds another run; RuntimeError on a merged model, or when a loss or gradient is
+    not finite.
     """
     config = config or TrainConfig()
+    refuse_encoder(model, "lora.fit")
     if is_merged(model):
         raise RuntimeError("this model is merged, so its adapters would not train; call lora.unmerge(model) first")
     trainable = [p for p in model.parameters() if p.requires_grad]

@@ -5,7 +5,7 @@ families.py.  A language model derives from `CausalLM` and gives `hidden`, `embe
 """
 
 from collections.abc import Sequence
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +32,8 @@ class Model(nn.Module):
 
     config: Any
     # Prefixes of parameters that a checkpoint may lack: they are new, drawn at random, and to be trained
-    new: ClassVar[tuple[str, ...]] = ()
+    new: tuple[str, ...] = ()
+    new_std: float = 0.02  # of what is drawn; biases begin at 0
 
     def read(self, name: str, tensor: Tensor) -> tuple[str, Tensor] | None:
         """Our name and layout of a checkpoint's tensor; None for one that is computed here."""
@@ -41,6 +42,10 @@ class Model(nn.Module):
     def write(self, name: str, tensor: Tensor) -> tuple[str, Tensor]:
         """The checkpoint's name and layout of a parameter of ours; undoes `read`."""
         return name, tensor
+
+    def without(self, missing: Sequence[str]) -> list[str]:
+        """Told which parameters a file lacks: gives up parts that the model can do without, returns the rest."""
+        return list(missing)
 
     def tie(self) -> None:
         """Makes parameters that are one in the config share their storage."""
@@ -127,6 +132,12 @@ class CausalLM(Model):
         if positions is None:
             positions = torch.arange(used, used + T, device=ids.device)[None]
         return used, positions
+
+
+def refuse_encoder(model: nn.Module, what: str) -> None:
+    """Raises TypeError for a model of ours that predicts no next token."""
+    if isinstance(model, Model) and not isinstance(model, CausalLM):
+        raise TypeError(f"{what} needs a language model, and {type(model).__name__} is an encoder: it writes no tokens")
 
 
 class Cache:

@@ -6,6 +6,7 @@ line here.
 
 from typing import Any
 
+from lora.models.bert import BertConfig, RobertaConfig
 from lora.models.falcon import FalconConfig
 from lora.models.gemma import Gemma2Config, Gemma3Config
 from lora.models.gpt2 import GPT2Config
@@ -17,6 +18,7 @@ from lora.models.qwen import Qwen2Config, Qwen3Config
 FAMILIES: dict[str, Any] = {
     "RefinedWeb": FalconConfig,
     "RefinedWebModel": FalconConfig,
+    "bert": BertConfig,
     "falcon": FalconConfig,
     "gemma2": Gemma2Config,
     "gemma3_text": Gemma3Config,
@@ -26,4 +28,5 @@ FAMILIES: dict[str, Any] = {
     "phi3": Phi3Config,
     "qwen2": Qwen2Config,
     "qwen3": Qwen3Config,
+    "roberta": RobertaConfig,
 }

@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora.models.base import CausalLM
+from lora.models.base import CausalLM, refuse_encoder
 from lora.models.decode import decoder_for
 from lora.models.tokenizer import Tokenizer
+from lora.rows import given_in
 
-Prompt = str | Sequence[dict[str, Any]]
+Prompt = str | Sequence[dict[str, Any]] | dict[str, Any]
 ASK = 8  # tokens between two questions to the GPU
 
 
@@ -35,7 +36,8 @@ def generate(
     """The continuation of each prompt, without the prompt and without stop tokens: a text for a text, else a list.
 
     Args:
-        prompts: a text, or a list whose items are texts or chats ([{"role": ..., "content": ...}, ...])
+        prompts: a text, or a list whose items are texts or chats ([{"role": ..., "content": ...}, ...], or an object
+            of such "messages" and "tools" or "documents")
         temperature: 0 takes the likeliest token; above it, logits are divided by it and one is drawn
         top_k: draw among the k likeliest (0: all);  top_p: among the likeliest whose probabilities reach p
         seed: of the draws; None draws afresh
@@ -59,9 +61,9 @@ def prompt_ids(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
     """Token ids of a text, or of a chat that waits for its answer."""
     if isinstance(prompt, str):
         return tokenizer.encode(prompt)
-    return tokenizer.encode(
-        tokenizer.render(prompt, prompt=True), special=False
-    )  # the template writes its own specials
+    chat = prompt if isinstance(prompt, dict) else {"messages": prompt}
+    text = tokenizer.render(chat["messages"], prompt=True, **given_in(chat))
+    return tokenizer.encode(text, special=False)  # the template writes its own specials
 
 
 def generate_ids(
@@ -77,6 +79,7 @@ def generate_ids(
     batch: int = 32,
 ) -> list[list[int]]:
     """New token ids for each prompt's ids, up to but not including a stop token. See `generate`."""
+    refuse_encoder(model, "lora.generate")
     if not isinstance(model, CausalLM):
         raise TypeError(f"{type(model).__name__} is not a model of lora.load; use its own generate method")
     if temperature < 0 or not 0 < top_p <= 1 or top_k < 0 or max_new_tokens < 1:

@@ -26,7 +26,8 @@ from lora.quant.weight import check_block, quantize_tensor
 
 # Written by some tools, and computed here: not missed, not loaded
 _DERIVED = ("rotary_emb.inv_freq", "position_ids")
-SKIP = ("lm_head", "classifier", "score")  # heads: they stay dense unless told otherwise
+# Heads: they stay dense unless told otherwise
+SKIP = ("lm_head", "classifier", "classifier.*", "pooler.dense", "score")
 
 
 def load(
@@ -38,6 +39,7 @@ def load(
     block: int = 64,
     double: bool = True,
     skip: Sequence[str] = SKIP,
+    labels: int | None = None,
 ) -> tuple[Any, Tokenizer]:
     """The model, in eval mode with every weight frozen, and its tokenizer.
 
@@ -48,6 +50,8 @@ def load(
             in 8 bits where `double`; "int8": a byte a weight; `skip` names layers to leave dense
         dtype: of the dense weights; "auto" is the checkpoint's on a GPU and float32 on a CPU (faster there)
         device: "auto" is the GPU when there is one
+        labels: for an encoder (BERT, RoBERTa), classes of its head; where the file has none for so many, one is drawn
+            from a fixed seed, to be trained: lora.wrap(model, train_modules=["classifier"])
 
     Raises FileNotFoundError or ValueError, naming the file: an unknown architecture, a damaged or cut file, tensors
     that are missing, extra or of another shape.
@@ -76,6 +80,10 @@ def load(
         raise FileNotFoundError(f"{path} does not exist; give a folder with config.json, a .gguf file or a hub name")
     else:
         raise ValueError(f"{path} is neither a folder with config.json nor a .gguf file")
+    if labels is not None:
+        if not hasattr(config, "with_labels"):
+            raise ValueError(f"{path}: labels={labels} asks for a head of classes, which only encoders have here")
+        config = config.with_labels(labels)
     if tokenizer.vocab_size > config.vocab_size:
         raise ValueError(
             f"{path}: the tokenizer has {tokenizer.vocab_size} tokens and the model {config.vocab_size} rows for them"
@@ -151,7 +159,7 @@ def _fill(
             setattr(model.get_submodule(parent), child, layer)
         got.add(name)
         del tensors, tensor, value, ours  # before the next is read: two would be the peak
-    missing = sorted(set(want) - got)
+    missing = model.without(sorted(set(want) - got))
     if shapes:
         raise ValueError(f"{path} does not fit its config.json: {_some(shapes, '; ')}")
     fresh = [name for name in missing if name.startswith(model.new)] if model.new else []
@@ -161,12 +169,16 @@ def _fill(
             f"{path} does not fit its config.json: {len(missing)} tensors are missing{_in_brackets(missing)}, "
             f"{len(extra)} have no place{_in_brackets(extra)}"
         )
+    seed = torch.Generator().manual_seed(0)
     for name in fresh:
         owner, _, leaf = name.rpartition(".")
-        drawn = torch.zeros(want[name].shape) if leaf == "bias" else 0.02 * torch.randn(want[name].shape)
+        drawn = torch.zeros(want[name].shape)
+        if leaf != "bias":
+            drawn.normal_(std=model.new_std, generator=seed)
         model.get_submodule(owner)._parameters[leaf] = nn.Parameter(drawn.to(device, dtype), requires_grad=False)
     if fresh:
-        warnings.warn(f"{path} holds no {', '.join(fresh)}: new ones were drawn at random; train them", stacklevel=3)
+        names = ", ".join(fresh)
+        warnings.warn(f"{path} holds no {names} that fits: new ones were drawn at random; train them", stacklevel=3)
     model.tie()
     if head is not None and isinstance(model, CausalLM):
         embedding = model.embedding().weight

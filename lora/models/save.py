@@ -9,13 +9,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lora.files import new_directory
-from lora.layer import Adapted
+from lora.layer import Adapted, TrainedModule
 from lora.models.base import Model
 from lora.models.load import load
 from lora.models.tokenizer import Tokenizer
 from lora.quant.checkpoint import to_tensors
 from lora.quant.linear import Linear4bit
 from lora.quant.linear8 import Linear8bit
+from lora.wrap import is_merged
 
 SHARD = 5 * 10**9  # bytes of one file
 DRIFT = 0.1  # of the logits' norm: what rounding weights to bfloat16 may move
@@ -40,8 +41,10 @@ def save_pretrained(
     this format has no place for, and where what was written computes something else; nothing is left then.
     """
     directory = Path(directory)
+    merged = is_merged(model)
     for name, layer in model.named_modules():
-        if isinstance(layer, Adapted) and layer.merged is None:
+        whole = isinstance(layer, TrainedModule) and merged  # there is nothing to fold: its copy is written
+        if isinstance(layer, Adapted) and layer.merged is None and not whole:
             raise ValueError(
                 f"{name} carries an unmerged adapter; call lora.merge(model) first, or lora.save for it alone"
             )
@@ -133,13 +136,17 @@ def _plain_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             continue
         if isinstance(layer, Adapted):
             inside = (*inside, name + ".")
-            yield name, layer.merged or layer.base
+            plain = layer.merged or layer.base
+            if isinstance(layer, TrainedModule):
+                plain = (layer.on() or [layer.base])[-1]
+            for inner, module in plain.named_modules():
+                yield f"{name}.{inner}".removesuffix("."), module
         else:
             yield name, layer
 
 
 def _quantization_config(layer: Linear4bit | Linear8bit, dtype: torch.dtype) -> dict:
-    heads = ["lm_head", "classifier", "score"]
+    heads = ["lm_head", "classifier", "pooler.dense", "score"]
     if isinstance(layer, Linear8bit):
         return {"quant_method": "bitsandbytes", "load_in_4bit": False, "load_in_8bit": True} | {
             "llm_int8_threshold": 6.0,
