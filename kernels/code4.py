@@ -191,11 +191,13 @@ def _dequantize_kernel(
     absmax2_ptr,  # (ceil(b/256),) f32
     offset_ptr,  # () f32
     table_ptr,  # (256, 2) f32 of byte_table
-    out_ptr,  # (stop - start,) f32, bf16 or f16
+    out_ptr,  # (stop - start,) f32, bf16 or f16; with WIDTH in rows of WIDTH values, out_stride apart
     start,  # values
     stop,
     first,  # bytes
     last,
+    out_stride,
+    WIDTH: tl.constexpr,  # 0: values lie end to end
     SEGMENT: tl.constexpr,  # bytes that share a scale, at most a program's
     SPLIT: tl.constexpr,  # segments a block
     ROWS: tl.constexpr,  # segments a program
@@ -219,7 +221,11 @@ def _dequantize_kernel(
     low = tl.load(table_ptr + 2 * (byte & 15) + 1) * scale
     i = 2 * SEGMENT * row + tl.arange(0, 2 * TILE)
     value = tl.interleave(high.to(out_ptr.dtype.element_ty), low.to(out_ptr.dtype.element_ty))
-    tl.store(out_ptr + (i - start), value, mask=(i >= start) & (i < stop))
+    if WIDTH:
+        place = (i // WIDTH) * out_stride + i % WIDTH
+    else:
+        place = i - start
+    tl.store(out_ptr + place, value, mask=(i >= start) & (i < stop))
 
 
 # ---- launch ----
@@ -294,6 +300,8 @@ def _dequantize4(
             start + n,
             first,
             last,
+            out.stride(0),
+            WIDTH=out.shape[1] if out.dim() == 2 else 0,
             SEGMENT=segment,
             SPLIT=block // 2 // segment,
             ROWS=rows,
@@ -321,7 +329,8 @@ def dequantize4(
     """The values start .. start + n of bytes q (all of the weight), (n,) in `dtype`; `table` of byte_table.
 
     float32(code) * float32(absmax), rounded once.  `scales` is (absmax,), or (bytes, map, absmax2, offset) as
-    `dequantize_scales` takes them.  `start` is even.  Into `out` (n values rounded up to even, contiguous) where given.
+    `dequantize_scales` takes them.  `start` is even.  Into `out` (n values rounded up to even, contiguous) where given;
+    an `out` (n / K, K) of two dimensions may have any distance between its rows, for an even K and start 0.
     """
     check4(q, scales, block, start + n)
     if n < 1 or start < 0 or start % 2:
@@ -332,15 +341,25 @@ def dequantize4(
         raise ValueError(f"the table is {table.dtype} of shape {tuple(table.shape)}; give byte_table(code)")
     if out is None:
         out = torch.empty(n + n % 2, dtype=dtype, device=q.device)
+    elif out.dim() == 2 and out.dtype == dtype:
+        if out.numel() != n or out.shape[1] % 2 or out.stride(1) != 1 or start:
+            raise ValueError(
+                f"out is {tuple(out.shape)} with strides {out.stride()}; {n} values from 0 on need rows of an even "
+                "count that hold just them, each without gaps"
+            )
     elif out.dtype != dtype or out.numel() < n + n % 2 or not out.is_contiguous():
         raise ValueError(
             f"out holds {out.numel()} values of {out.dtype}{'' if out.is_contiguous() else ', not contiguous'}; "
             f"{n} values need room for {n + n % 2} of {dtype} in a row"
         )
     if not use_triton(q, *scales, table, out):
+        if out.dim() == 2 and not out.is_contiguous():
+            return out.copy_(dequantize4(q, scales, table, block, n, dtype).view(out.shape))
+        if out.dim() == 2:
+            return dequantize4_ref(q, scales, table, block, n, out.view(-1)).view(out.shape)
         return dequantize4_ref(q, scales, table, block, n, out, start)
     _dequantize4(q, scales, table, out, block, n, start)
-    return out[:n]
+    return out if out.dim() == 2 else out[:n]
 
 
 def check4(q: Tensor, scales: Sequence[Tensor], block: int, n: int) -> None:

@@ -49,12 +49,13 @@ def _forward_kernel(
     x_ptr,  # (M, D)
     residual_ptr,  # (M, D), read only with ADD
     w_ptr,  # (D,)
-    y_ptr,  # (M, D) contiguous
+    y_ptr,  # (M, D)
     sum_ptr,  # (M, D) contiguous, written only with ADD
     r_ptr,  # (M,) f32
     M,
     x_stride_m,
     residual_stride_m,
+    y_stride_m,
     eps,
     D: tl.constexpr,
     ADD: tl.constexpr,
@@ -74,7 +75,7 @@ def _forward_kernel(
     tl.store(r_ptr + row, r, mask=row < M)
     w = tl.load(w_ptr + col, mask=col < D, other=0.0).to(tl.float32)
     y = (x * r).to(x_ptr.dtype.element_ty).to(tl.float32) * w
-    tl.store(y_ptr + row * D + col, y.to(y_ptr.dtype.element_ty), mask=mask)
+    tl.store(y_ptr + row * y_stride_m + col, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -146,9 +147,11 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 else x.contiguous()
 
 
-def _launch_forward(x: Tensor, residual: Tensor | None, w: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+def _launch_forward(
+    x: Tensor, residual: Tensor | None, w: Tensor, eps: float, out: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     # results are born in their shape: a view out of an autograd function may not be changed in place
-    y = torch.empty(x.shape, dtype=torch.promote_types(x.dtype, w.dtype), device=x.device)
+    y = torch.empty(x.shape, dtype=torch.promote_types(x.dtype, w.dtype), device=x.device) if out is None else out
     s = torch.empty(x.shape if residual is not None else (0,), dtype=x.dtype, device=x.device)
     r = torch.empty((*x.shape[:-1], 1), dtype=torch.float32, device=x.device)
     if x.numel():
@@ -159,7 +162,7 @@ def _launch_forward(x: Tensor, residual: Tensor | None, w: Tensor, eps: float) -
         ROWS, num_warps = forward_tile(BLOCK_D)
         with torch.cuda.device_of(x):  # Triton launches on the current device, not on the tensors'
             _forward_kernel[(-(-M // ROWS),)](
-                x, added, w, y, s, r, M, x.stride(0), added.stride(0), eps,
+                x, added, w, y, s, r, M, x.stride(0), added.stride(0), y.stride(-2) if y.dim() > 1 else d, eps,
                 D=d, ADD=residual is not None, ROWS=ROWS, BLOCK_D=BLOCK_D, num_warps=num_warps,
             )  # fmt: skip
     return y, s, r
@@ -186,6 +189,17 @@ def _forward_add_op(x: Tensor, residual: Tensor, w: Tensor, eps: float) -> tuple
 def _(x: Tensor, residual: Tensor, w: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     y = x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, w.dtype))
     return y, x.new_empty(x.shape), x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
+
+
+@torch.library.custom_op("lora::rms_norm_into", mutates_args=("out",))
+def _forward_into_op(x: Tensor, residual: Tensor | None, w: Tensor, eps: float, out: Tensor) -> tuple[Tensor, Tensor]:
+    return _launch_forward(x, residual, w, eps, out)[1:]
+
+
+@_forward_into_op.register_fake
+def _(x: Tensor, residual: Tensor | None, w: Tensor, eps: float, out: Tensor) -> tuple[Tensor, Tensor]:
+    s = x.new_empty(x.shape if residual is not None else (0,))
+    return s, x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
 
 
 @torch.library.custom_op("lora::rms_norm_backward", mutates_args=())
@@ -217,17 +231,27 @@ def _(dy: Tensor, ds: Tensor | None, x: Tensor, w: Tensor, r: Tensor, want_dw: b
     return x.new_empty(x.shape), x.new_empty(x.shape[-1] if want_dw else 0, dtype=torch.float32)
 
 
-def rms_norm_forward(x: Tensor, residual: Tensor | None, w: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """y, what was normalised (x itself, or x + residual) and r (..., 1) float32, for `rms_norm_backward`."""
+def rms_norm_forward(
+    x: Tensor, residual: Tensor | None, w: Tensor, eps: float, out: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y, what was normalised (x itself, or x + residual) and r (..., 1) float32, for `rms_norm_backward`.
+
+    y goes into `out` where given: (M, d) for x (M, d), of any row stride.
+    """
     d = x.shape[-1]
     if w.shape != (d,):
         raise ValueError(f"RMSNorm over rows of {d} values got a weight {tuple(w.shape)}; it must be ({d},)")
     if not use_triton(x, w, *(() if residual is None else (residual,))):
         s = x if residual is None else x + residual
         y, r = _forward_ref(s, w, eps)
-        return y, s, r
+        return (y if out is None else out.copy_(y)), s, r
     if d > WIDEST:
         raise ValueError(f"RMSNorm over rows of {d} values: its kernel holds a row in one program, at most {WIDEST}")
+    if out is not None:
+        if x.dim() != 2 or out.shape != x.shape or out.stride(1) != 1:
+            raise ValueError(f"x is {tuple(x.shape)}, out {tuple(out.shape)}; both must be (M, d), out in whole rows")
+        s, r = _forward_into_op(x, residual, w, eps, out)
+        return out, x if residual is None else s, r
     if residual is not None:
         return _forward_add_op(x, residual, w, eps)
     y, r = _forward_op(x, w, eps)

@@ -56,8 +56,8 @@ def _turn_heads(
 def _turn_kernel(
     q_ptr,  # (B, T, H_q, D)
     k_ptr,  # (B, T, H_k, D)
-    q_out_ptr,  # contiguous
-    k_out_ptr,  # contiguous
+    q_out_ptr,  # heads D apart
+    k_out_ptr,
     cos_ptr,  # (B or 1, T, D/2)
     sin_ptr,
     T,
@@ -69,6 +69,8 @@ def _turn_kernel(
     k_stride_b,
     k_stride_t,
     k_stride_h,
+    q_out_stride,  # of a token
+    k_out_stride,
     cos_stride_b,  # 0 where all of a batch share one table
     cos_stride_t,
     q_blocks,  # blocks of HEADS query heads a row
@@ -94,12 +96,12 @@ def _turn_kernel(
         sin = -sin
     if block < q_blocks:
         _turn_heads(
-            q_ptr + b * q_stride_b + t * q_stride_t, q_out_ptr + row.to(tl.int64) * H_q * D,
+            q_ptr + b * q_stride_b + t * q_stride_t, q_out_ptr + row.to(tl.int64) * q_out_stride,
             cos, sin, block * HEADS, H_q, q_stride_h, D, HEADS, BLOCK_D,
         )  # fmt: skip
     else:
         _turn_heads(
-            k_ptr + b * k_stride_b + t * k_stride_t, k_out_ptr + row.to(tl.int64) * H_k * D,
+            k_ptr + b * k_stride_b + t * k_stride_t, k_out_ptr + row.to(tl.int64) * k_out_stride,
             cos, sin, (block - q_blocks) * HEADS, H_k, k_stride_h, D, HEADS, BLOCK_D,
         )  # fmt: skip
 
@@ -112,10 +114,8 @@ def tile(heads: int, block_d: int) -> tuple[int, int]:
     return HEADS, max(1, min(8, HEADS * block_d // 256))
 
 
-@torch.library.custom_op("lora::rope", mutates_args=())
-def _turn_op(xs: list[Tensor], cos: Tensor, sin: Tensor, back: bool) -> list[Tensor]:
+def _launch(xs: list[Tensor], ys: list[Tensor], cos: Tensor, sin: Tensor, back: bool) -> None:
     B, T, _, D = xs[0].shape
-    ys = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in xs]
     BLOCK_D = triton.next_power_of_2(D // 2)
     q, k, q_out, k_out = xs[0], xs[-1], ys[0], ys[-1]
     H_q, H_k = q.shape[2], k.shape[2]
@@ -126,10 +126,27 @@ def _turn_op(xs: list[Tensor], cos: Tensor, sin: Tensor, back: bool) -> list[Ten
         with torch.cuda.device_of(q):  # Triton launches on the current device, not on the tensors'
             _turn_kernel[(B * T * blocks,)](
                 q, k, q_out, k_out, cos, sin, T, H_q, H_k, *q.stride()[:3], *k.stride()[:3],
+                q_out.stride(1), k_out.stride(1),
                 cos.stride(0) if cos.shape[0] > 1 else 0, cos.stride(1), q_blocks, blocks,
                 D=D, BACK=back, HEADS=HEADS, BLOCK_D=BLOCK_D, num_warps=num_warps,
             )  # fmt: skip
+
+
+@torch.library.custom_op("lora::rope", mutates_args=())
+def _turn_op(xs: list[Tensor], cos: Tensor, sin: Tensor, back: bool) -> list[Tensor]:
+    ys = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in xs]
+    _launch(xs, ys, cos, sin, back)
     return ys
+
+
+@torch.library.custom_op("lora::rope_into", mutates_args=("ys",))
+def _turn_into_op(xs: list[Tensor], ys: list[Tensor], cos: Tensor, sin: Tensor, back: bool) -> None:
+    _launch(xs, ys, cos, sin, back)
+
+
+@_turn_into_op.register_fake
+def _(xs: list[Tensor], ys: list[Tensor], cos: Tensor, sin: Tensor, back: bool) -> None:
+    return None
 
 
 @_turn_op.register_fake
@@ -154,6 +171,27 @@ def _check(xs: tuple[Tensor, ...], cos: Tensor, sin: Tensor) -> None:
                 f"heads {tuple(x.shape)} got cos {tuple(cos.shape)} and sin {tuple(sin.shape)}; "
                 f"an even last axis and two tables (1 or {B}, {T}, 1, {D // 2}) are needed"
             )
+
+
+def turn_into(
+    xs: tuple[Tensor, Tensor], ys: tuple[Tensor, Tensor], cos: Tensor, sin: Tensor, back: bool = False
+) -> None:
+    """Queries and keys turned, or turned back, into `ys`, which may be `xs` themselves.  No gradient.
+
+    A token's heads lie end to end in `ys`, and tokens one distance apart: columns of one buffer will do.
+    """
+    _check(xs, cos, sin)
+    for x, y in zip(xs, ys, strict=True):
+        B, T, _, D = y.shape
+        if y.shape != x.shape or y.stride()[2:] != (D, 1) or (B > 1 and y.stride(0) != T * y.stride(1)):
+            raise ValueError(f"heads {tuple(x.shape)} cannot go into {tuple(y.shape)} with strides {y.stride()}")
+    if not use_triton(*xs, *ys, cos, sin):
+        for x, y in zip(xs, ys, strict=True):
+            y.copy_(turn_ref(x, cos, -sin if back else sin))
+        return
+    if cos.stride() != sin.stride() or cos.stride(-1) != 1:
+        cos, sin = cos.contiguous(), sin.contiguous()
+    _turn_into_op([x if x.stride(-1) == 1 else x.contiguous() for x in xs], list(ys), cos, sin, back)
 
 
 # ---- autograd ----

@@ -153,18 +153,29 @@ def swiglu_forward(g: Tensor, u: Tensor, out: Tensor | None = None) -> Tensor:
 
 
 def swiglu_backward(
-    dh: Tensor, g: Tensor, u: Tensor, with_h: bool = False, out: tuple[Tensor, Tensor] | None = None
+    dh: Tensor,
+    g: Tensor,
+    u: Tensor,
+    with_h: bool = False,
+    out: tuple[Tensor, Tensor] | None = None,
+    h: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """dg, du and, with_h, the forward's h again; dg and du into `out` where given, such as a buffer's two halves."""
+    """dg, du and, with_h, the forward's h again; dg and du into `out` where given, such as a buffer's two halves.
+
+    `h` is where the forward's h goes.  All is element by element: dg, du and h may be written over g, u and dh.
+    """
     dg, du = (None, None) if out is None else out
-    _check(g, dh=dh, u=u, dg=dg, du=du)
+    _check(g, dh=dh, u=u, dg=dg, du=du, h=h)
+    with_h = with_h or h is not None
     if not use_triton(dh, g, u):
         made = _backward_ref(dh, g, u)
-        h = _forward_ref(g, u) if with_h else None
+        again = _forward_ref(g, u) if with_h else None
+        h = again if h is None or again is None else h.copy_(again)
         return (*made, h) if dg is None or du is None else (dg.copy_(made[0]), du.copy_(made[1]), h)
     if dg is None or du is None:
         dg, du = (torch.empty(g.shape, dtype=g.dtype, device=g.device) for _ in range(2))
-    h = torch.empty(g.shape, dtype=g.dtype, device=g.device) if with_h else None
+    if with_h and h is None:
+        h = torch.empty(g.shape, dtype=g.dtype, device=g.device)
     _backward_op(dh, g, u, dg, du, h)
     return dg, du, h
 
@@ -176,7 +187,7 @@ def _check(g: Tensor, **others: Tensor | None) -> None:
                 f"g is {tuple(g.shape)} {g.dtype}, {name} {tuple(t.shape)} {t.dtype}; "
                 "SwiGLU needs one shape and one dtype"
             )
-        if t is not None and name in ("out", "dg", "du") and t.numel() and t.stride(-1) != 1:
+        if t is not None and name in ("out", "dg", "du", "h") and t.numel() and t.stride(-1) != 1:
             raise ValueError(f"{name} has strides {t.stride()}; it is written in rows, so its last stride must be 1")
 
 

@@ -9,6 +9,15 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+# In the order of preference: cuDNN's is 1.7 times as fast as flash attention on an H100
+BACKENDS = [
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
 
 
 class Config(Protocol):
@@ -192,6 +201,11 @@ def attention(
     `scale` defaults to D ** -0.5; `softcap` squeezes the scores into ±softcap by tanh before the mask.
     """
     groups = q.shape[1] // k.shape[1]
+    if q.is_cuda and softcap is None and mask is None:
+        with sdpa_kernel(BACKENDS, set_priority=True):
+            return nn.functional.scaled_dot_product_attention(
+                q, k, v, is_causal=q.shape[2] > 1, scale=scale, enable_gqa=groups > 1
+            )
     if groups > 1:
         k = k.repeat_interleave(groups, dim=1)
         v = v.repeat_interleave(groups, dim=1)

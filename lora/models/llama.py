@@ -9,9 +9,11 @@ Mistral and Qwen are the same blocks with a window, biases or norms on q and k (
 Source: arXiv:2302.13971, arXiv:2407.21783; numbers equal transformers' LlamaForCausalLM.
 """
 
+import functools
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +21,11 @@ from torch import Tensor, nn
 from lora.kernels.norm import rms_norm
 from lora.kernels.rope import rope
 from lora.kernels.swiglu import swiglu
-from lora.layer import together
+from lora.layer import is_hooked, together
+from lora.models import fused
 from lora.models.base import Cache, CausalLM, attention, causal_mask, ints, new_embedding
+
+FUSED = {"cuda"}  # devices on which training takes fused.py's blocks; on a CPU autograd's own path is as good
 
 Rotation = tuple[Tensor, Tensor]  # cos and sin of each position's angles, (B or 1, T, 1, D / 2)
 
@@ -263,6 +268,27 @@ class Llama(CausalLM):
         self.model = Layers(config, self.block, self.last_norm)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.tie()
+        self.keep, self.host = "all", fused.Host()
+
+    def fused(self, x: Tensor, masks: Mapping[int | None, Tensor | None]) -> list[fused.Spec] | None:
+        """What `fused.block` needs of every block; None where one of them needs the plain path."""
+        c, blocks = self.config, self.model.layers
+        if c.qk_norm or self.block is not Block:
+            return None
+        specs = []
+        for i, b in enumerate(blocks):
+            assert isinstance(b, Block)
+            norms = (b.input_layernorm.weight, b.post_attention_layernorm.weight)
+            at, mlp = b.self_attn, b.mlp
+            layers = ((at.q_proj, at.k_proj, at.v_proj), (at.o_proj,), (mlp.gate_proj, mlp.up_proj), (mlp.down_proj,))
+            groups = tuple(fused.group_of(*layer) for layer in layers)
+            hooked = any(is_hooked(m) for m in (b, at, mlp, b.input_layernorm, b.post_attention_layernorm))
+            if hooked or None in groups or any(n.requires_grad or n.dtype != x.dtype for n in norms):
+                return None
+            attend = functools.partial(attention, mask=masks[c.window(i)])
+            heads = (c.num_heads, c.num_kv_heads, c.head_dim)
+            specs.append(fused.Spec(norms, c.eps, cast(Any, groups), heads, attend, self.keep, self.host))
+        return specs
 
     def embedding(self) -> nn.Module:
         return self.model.embed_tokens
@@ -283,8 +309,13 @@ class Llama(CausalLM):
         turns = c.rotations(positions, x.dtype)
         windows = {c.window(i) for i in range(c.num_layers)}
         masks = {w: causal_mask(ids.shape[1], used, padding, ids.device, w) for w in windows}
-        for i, block in enumerate(self.model.layers):
-            x = block(x, turns[c.rope_of(i)], masks[c.window(i)], cache, i)
+        specs = self.fused(x, masks) if cache is None and torch.is_grad_enabled() and x.device.type in FUSED else None
+        for i, b in enumerate(self.model.layers):
+            if specs is not None:
+                cos, sin = turns[c.rope_of(i)]
+                x = fused.block(x, cos, sin, specs[i], i)
+            else:
+                x = b(x, turns[c.rope_of(i)], masks[c.window(i)], cache, i)
         if cache is not None:
             cache.used += ids.shape[1]
         return self.model.norm(x)

@@ -1,0 +1,99 @@
+"""How fast is one QLoRA training step on a GPU, and in how much memory?
+
+Llama-3.1-8B's shape with random weights, NF4 with double quantization, LoRA r=16 on all linears, bfloat16, every token
+learned, AdamW with 32-bit states.  Forward, backward, clipping and the optimizer's step are timed; median of the
+steps after a warm-up; peak of torch.cuda.max_memory_allocated.
+
+usage: python benchmarks/bench_step.py [--case BATCHxLENGTH:KEEP ...] [--layers 32] [--profile] [--save]
+"""
+
+import argparse
+import statistics
+import time
+from pathlib import Path
+
+import torch
+from bench_decode import VOCAB, ours
+from result import finish
+from timing import copy_gb_s, matmul_tflop_s
+
+from lora.eval.nll import token_nll
+from lora.models.llama import Llama
+from lora.render import Example, collate
+from lora.train.optim import AdamW
+
+
+def measure(model: Llama, optimizer: AdamW, batch: int, length: int, keep: str, steps: int, profile: bool) -> dict:
+    """One row of the table."""
+    model.keep = keep
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    base = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    seconds = []
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(steps + 2):
+        rows = torch.randint(0, VOCAB - 256, (batch, length), generator=generator).tolist()
+        learned = (False,) + (True,) * (length - 1)
+        data = collate([Example(tuple(row), learned, i) for i, row in enumerate(rows)]).to(torch.device("cuda"))
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        loss = one(model, optimizer, data)
+        torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    if profile:
+        from torch.profiler import ProfilerActivity
+        from torch.profiler import profile as record
+
+        with record(activities=[ProfilerActivity.CUDA]) as p:
+            one(model, optimizer, data)
+            torch.cuda.synchronize()
+        print(p.key_averages().table(sort_by="cuda_time_total", row_limit=40, max_name_column_width=70))
+    took = statistics.median(seconds[2:])
+    return {
+        "batch": batch, "length": length, "keep": keep, "ms": round(1e3 * took, 1),
+        "tok_s": round(batch * length / took), "peak_GiB": round(torch.cuda.max_memory_allocated() / 2**30, 2),
+        "base_GiB": round(base / 2**30, 2), "loss": round(loss.item(), 3),
+    }  # fmt: skip
+
+
+def one(model: Llama, optimizer: AdamW, data) -> torch.Tensor:
+    nll, _ = token_nll(model, data)
+    loss = nll.sum() / data.target.numel()
+    loss.backward()
+    optimizer.gather()
+    optimizer.clip(1.0)
+    optimizer.step(1e-4, zero=True)
+    return loss.detach()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--case", nargs="+", default=["4x2048:all", "4x2048:no_gate", "4x2048:input", "4x2048:host"])
+    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--save", action="store_true")
+    args = parser.parse_args()
+    rows = [{"copy_GB_s": round(copy_gb_s()), "matmul_TFLOP_s": round(matmul_tflop_s())}]
+    print(rows[0], flush=True)
+    torch.cuda.empty_cache()
+    model = ours(args.layers).requires_grad_(False).train()
+    for name, p in model.named_parameters():
+        p.requires_grad_(name.endswith((".a", ".b")))
+    optimizer = AdamW([p for p in model.parameters() if p.requires_grad])
+    for case in args.case:
+        size, _, keep = case.partition(":")
+        batch, length = (int(n) for n in size.split("x"))
+        try:
+            row = measure(model, optimizer, batch, length, keep or "all", args.steps, args.profile)
+        except torch.OutOfMemoryError as e:
+            row = {"case": case, "error": str(e).split(".")[0]}
+            optimizer.zero_grad()
+        rows.append(row)
+        print(row, flush=True)
+    finish(Path(__file__).stem.removeprefix("bench_"), rows, args.save)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,272 @@
+"""A decoder block of Llama's kind as one step forward and one back, with hand-chosen memory.
+
+    n = rms_norm(x)     q,k,v = W_qkv n     s = x + W_o attention(rope(q), rope(k), v)
+    h = rms_norm(s)     g,u = W_gu h        y = s + W_d (silu(g) u)
+
+Autograd would keep every value on the way.  Here a block keeps what its `keep` says and makes the rest again:
+    "all"       x, q, k, v, the attention's output, s, g, u: nothing is made again but norms and the gate
+    "no_gate"   all but g and u, the widest: one product is made again
+    "input"     x: all is made again but W_o's and W_d's outputs where the backward can do without
+    "host"      x, in pinned memory of the host, copied beside the computation
+Every layer's update rides in its base's product (kernels/fold.py).  Same loss as the plain path, within rounding.
+Source: the order of operations is ours; the formulas are those of llama.py and of the kernels.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lora.kernels import fold
+from lora.kernels.fold import Group, wide
+from lora.kernels.linear4 import Low, Weight4
+from lora.kernels.norm import rms_norm_backward, rms_norm_forward
+from lora.kernels.rope import turn_into
+from lora.kernels.swiglu import swiglu_backward, swiglu_forward
+from lora.layer import LoRALinear, is_hooked
+from lora.quant.linear import Linear4bit
+
+KEEPS = ("all", "no_gate", "input", "host")
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q, k, v (B, H, T, D) -> (B, H, T, D)
+
+
+class Spec(NamedTuple):
+    """What a block's step needs beside its input and its factors."""
+
+    norms: tuple[Tensor, Tensor]
+    eps: float
+    groups: tuple[Group, Group, Group, Group]  # q k v, o, gate up, down
+    heads: tuple[int, int, int]  # of queries, of keys, and values of each
+    attend: Attend
+    keep: str
+    host: "Host | None"
+
+
+def group_of(*layers: nn.Module) -> Group | None:
+    """The layers as a group of `fold`, or None where one needs the plain path."""
+    weights: list[Weight4 | Tensor] = []
+    biases: list[Tensor | None] = []
+    lows: list[Low | None] = []
+    for layer in layers:
+        wrapped = layer if isinstance(layer, LoRALinear) and (layer.merged is None or layer.off) else None
+        base: Any = wrapped.base if wrapped else layer
+        low = None
+        if wrapped:
+            on = wrapped.on()
+            if len(on) > 1 or any(a.magnitude is not None or (wrapped.training and a.dropout) for a in on):
+                return None
+            low = (on[0].a, on[0].b, on[0].scale) if on else None
+        if is_hooked(layer) or is_hooked(base):
+            return None
+        if type(base) is Linear4bit:
+            weights.append(base.weight4())
+        elif type(base) is nn.Linear and not base.weight.requires_grad:
+            weights.append(base.weight)
+        else:
+            return None
+        if base.bias is not None and base.bias.requires_grad:
+            return None
+        biases.append(base.bias)
+        lows.append(low)
+    return Group(tuple(weights), tuple(biases), tuple(lows))
+
+
+def factors(groups: Sequence[Group]) -> list[Tensor]:
+    """a and b of every layer of the groups that has an update, in turn."""
+    return [t for g in groups for low in g.lows if low for t in low[:2]]
+
+
+class Host:
+    """States of blocks in pinned memory: sent while the next block computes, fetched one block ahead.
+
+    `send` and `fetch` are called for blocks in turn, forward and then backward; buffers are used again every step.
+    """
+
+    def __init__(self) -> None:
+        self.there: dict[int, Tensor] = {}
+        self.coming: dict[int, Tensor] = {}
+        self.stream: Any = None
+
+    def send(self, i: int, x: Tensor) -> None:
+        if not x.is_cuda:
+            self.there[i] = x.clone()
+            return
+        if self.stream is None:
+            self.stream = torch.cuda.Stream()
+        room = self.there.get(i)
+        if room is None or room.shape != x.shape or room.dtype != x.dtype:
+            room = self.there[i] = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            room.copy_(x, non_blocking=True)
+        x.record_stream(self.stream)
+
+    def fetch(self, i: int, device: torch.device) -> Tensor:
+        if device.type != "cuda":
+            return self.there[i]
+        here = torch.cuda.current_stream()
+        x = self.coming.pop(i, None)
+        if x is None:
+            x = self._order(i, device)
+        here.wait_stream(self.stream)
+        x.record_stream(here)
+        if i - 1 in self.there:
+            self.coming[i - 1] = self._order(i - 1, device)
+        return x
+
+    def _order(self, i: int, device: torch.device) -> Tensor:
+        self.stream.wait_stream(torch.cuda.current_stream())  # what a fresh buffer held may still be in use there
+        with torch.cuda.stream(self.stream):
+            return self.there[i].to(device, non_blocking=True)
+
+
+class _State(NamedTuple):
+    """What one pass over a block made; fields that are not kept are None."""
+
+    r1: Tensor
+    qkv: Tensor
+    leaves: tuple[Tensor, Tensor, Tensor]
+    att: Tensor  # with its graph to `leaves`
+    s: Tensor
+    r2: Tensor
+    gu: Tensor | None  # (M, 2F + room)
+
+
+def _heads(buffer: Tensor, spec: Spec, B: int, T: int) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v (B, T, H, D) as views of the first columns of (M, ...)."""
+    H, KV, D = spec.heads
+    rows = buffer[:, : (H + 2 * KV) * D].unflatten(1, (H + 2 * KV, D)).unflatten(0, (B, T))
+    return rows[:, :, :H], rows[:, :, H : H + KV], rows[:, :, H + KV :]
+
+
+def _gate(spec: Spec, s: Tensor, t: Tensor | None, again: bool, residual: Tensor | None = None):
+    """g and u (M, 2F + room) of s, or of s + residual, which is returned too, with r and T."""
+    group = spec.groups[2]
+    M, D, N = s.shape[0], group.K, sum(group.sizes)
+    hw = wide(M, D, group.room, s, "normed")
+    _, s, r2 = rms_norm_forward(s, residual, spec.norms[1], spec.eps, out=hw[:, :D])
+    gu = torch.empty(M, N + group.room, dtype=s.dtype, device=s.device)
+    _, t = fold.forward(group, hw, t, out=gu[:, :N])
+    return gu, s, r2, t
+
+
+def _attention(spec: Spec, x: Tensor, cos: Tensor, sin: Tensor, B: int, T: int, t: Tensor | None):
+    group = spec.groups[0]
+    M, D = x.shape
+    xw = wide(M, D, group.room, x, "normed")
+    _, _, r1 = rms_norm_forward(x, None, spec.norms[0], spec.eps, out=xw[:, :D])
+    qkv, t = fold.forward(group, xw, t)
+    q, k, v = _heads(qkv, spec, B, T)
+    turn_into((q, k), (q, k), cos, sin)
+    leaves = tuple(part.detach().transpose(1, 2).requires_grad_() for part in (q, k, v))
+    with torch.enable_grad():
+        att = spec.attend(*leaves)
+    return r1, qkv, leaves, att, t
+
+
+def _flat(att: Tensor) -> Tensor:
+    """(B, H, T, D) as (B, T, H, D), the order in which o_proj reads it."""
+    return att.detach().transpose(1, 2)
+
+
+def _forward(spec: Spec, x: Tensor, cos: Tensor, sin: Tensor, B: int, T: int):
+    """y (M, D), the state, and T of the four groups."""
+    M, D = x.shape
+    F = spec.groups[3].K
+    r1, qkv, leaves, att, t1 = _attention(spec, x, cos, sin, B, T, None)
+    HD = spec.groups[1].K
+    ow = wide(M, HD, spec.groups[1].room, x, "attended")
+    ow[:, :HD].view(B, T, *att.shape[1:2], att.shape[3]).copy_(_flat(att))
+    o, t2 = fold.forward(spec.groups[1], ow)
+    gu, s, r2, t3 = _gate(spec, x, None, False, residual=o)
+    fw = wide(M, F, spec.groups[3].room, x, "gated")
+    swiglu_forward(gu[:, :F], gu[:, F : 2 * F], out=fw[:, :F])
+    y, t4 = fold.forward(spec.groups[3], fw, add=s)
+    return y, _State(r1, qkv, leaves, att, s, r2, gu), (t1, t2, t3, t4)
+
+
+def _again(spec: Spec, x: Tensor, cos: Tensor, sin: Tensor, B: int, T: int, ts: Sequence[Tensor | None]) -> _State:
+    """The state of `_forward` made a second time, without W_d's product."""
+    M = x.shape[0]
+    r1, qkv, leaves, att, _ = _attention(spec, x, cos, sin, B, T, ts[0])
+    HD = spec.groups[1].K
+    ow = wide(M, HD, spec.groups[1].room, x, "attended")
+    ow[:, :HD].view(B, T, *att.shape[1:2], att.shape[3]).copy_(_flat(att))
+    o, _ = fold.forward(spec.groups[1], ow, ts[1])
+    gu, s, r2, _ = _gate(spec, x, ts[2], True, residual=o)
+    return _State(r1, qkv, leaves, att, s, r2, gu)
+
+
+def _backward(spec: Spec, dy: Tensor, x: Tensor, st: _State, cos: Tensor, sin: Tensor, B: int, T: int, ts: Any):
+    """dx (M, D) and the gradients of `factors`."""
+    qkv_g, o_g, gu_g, d_g = spec.groups
+    M, D = x.shape
+    F = d_g.K
+    assert st.gu is not None
+    dyw = wide(M, D, d_g.room, x, "dy")
+    dyw[:, :D].copy_(dy)
+    act = wide(M, F, 0, x, "gated")
+    _, u4, db4 = fold.backward(d_g, dyw, ts[3], out=act)  # dL/d(silu(g) u)
+    g, u = st.gu[:, :F], st.gu[:, F : 2 * F]
+    swiglu_backward(act, g, u, out=(g, u), h=act)  # each value over the one it was made from
+    da4 = fold.grad_a(d_g, u4, act)
+    dh, u3, db3 = fold.backward(gu_g, st.gu, ts[2])
+    h = wide(M, D, 0, x, "normed")
+    rms_norm_forward(st.s, None, spec.norms[1], spec.eps, out=h)
+    da3 = fold.grad_a(gu_g, u3, h)
+    ds, _ = rms_norm_backward(dh, dy, st.s, spec.norms[1], st.r2)
+    assert ds is not None
+    dsw = wide(M, D, o_g.room, x, "dy")
+    dsw[:, :D].copy_(ds)
+    datt, u2, db2 = fold.backward(o_g, dsw, ts[1])
+    H, KV, hd = spec.heads
+    da2 = fold.grad_a(o_g, u2, _flat(st.att).reshape(M, H * hd))
+    dq, dk, dv = torch.autograd.grad(st.att, st.leaves, datt.view(B, T, H, hd).transpose(1, 2))
+    dw = wide(M, sum(qkv_g.sizes), qkv_g.room, x, "dqkv")
+    q, k, v = _heads(dw, spec, B, T)
+    turn_into((dq.transpose(1, 2), dk.transpose(1, 2)), (q, k), cos, sin, back=True)
+    v.copy_(dv.transpose(1, 2))
+    dn, u1, db1 = fold.backward(qkv_g, dw, ts[0])
+    n = wide(M, D, 0, x, "normed")
+    rms_norm_forward(x, None, spec.norms[0], spec.eps, out=n)
+    da1 = fold.grad_a(qkv_g, u1, n)
+    dx, _ = rms_norm_backward(dn, ds, x, spec.norms[0], st.r1)
+    grads = []
+    for das, dbs in ((da1, db1), (da2, db2), (da3, db3), (da4, db4)):
+        grads += [t for pair in zip(das, dbs, strict=True) if pair[0] is not None for t in pair]
+    return dx, grads
+
+
+class _Block(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, cos, sin, spec, layer, *tensors):
+        del tensors  # they are in spec.groups; here so that autograd gives them gradients
+        B, T, D = x.shape
+        flat = x.reshape(B * T, D)
+        y, st, ts = _forward(spec, flat, cos, sin, B, T)
+        ctx.spec, ctx.layer, ctx.shape = spec, layer, (B, T, D)
+        if spec.keep == "host":
+            spec.host.send(layer, flat)
+        ctx.state = st._replace(gu=st.gu if spec.keep == "all" else None) if spec.keep in KEEPS[:2] else None
+        ctx.save_for_backward(None if spec.keep == "host" else x, cos, sin, *ts)
+        return y.view(B, T, D)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        x, cos, sin, *ts = ctx.saved_tensors
+        spec, (B, T, D) = ctx.spec, ctx.shape
+        st, ctx.state = ctx.state, None
+        flat = spec.host.fetch(ctx.layer, grads[0].device) if x is None else x.reshape(B * T, D)
+        if st is None:
+            st = _again(spec, flat, cos, sin, B, T, ts)
+        elif st.gu is None:
+            gu, *_ = _gate(spec, st.s, ts[2], True)
+            st = st._replace(gu=gu)
+        dx, dfactors = _backward(spec, grads[0].reshape(B * T, D), flat, st, cos, sin, B, T, ts)
+        return (dx.view(B, T, D), None, None, None, None, *dfactors)
+
+
+def block(x: Tensor, cos: Tensor, sin: Tensor, spec: Spec, layer: int) -> Tensor:
+    """The block's output (B, T, d) for x (B, T, d); cos and sin (B or 1, T, 1, D/2) as llama.py makes them."""
+    return _Block.apply(x, cos, sin, spec, layer, *factors(spec.groups))

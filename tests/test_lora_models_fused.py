@@ -1,0 +1,111 @@
+"""The fused block against the plain path: the same loss and gradients, whatever it keeps."""
+
+import pytest
+import torch
+
+import lora
+from lora.models import fused, llama
+from lora.models.llama import LlamaConfig
+
+
+def small(qkv_bias: bool = False, kv: int = 2) -> llama.Llama:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=97, hidden_size=64, intermediate_size=96, num_layers=3, num_heads=4, num_kv_heads=kv, head_dim=16,
+        max_length=128, attention_bias=qkv_bias,
+    )  # fmt: skip
+    model = config.build().requires_grad_(False)
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    return model
+
+
+def gradients(model: llama.Llama, ids: torch.Tensor, dy: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    model.zero_grad()
+    h = model.hidden(ids)
+    h.backward(dy)
+    return h.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.fixture
+def on_cpu(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    monkeypatch.setattr(llama, "FUSED", {"cpu"})
+    return monkeypatch
+
+
+@pytest.mark.parametrize("keep", fused.KEEPS)
+@pytest.mark.parametrize("quantize", [None, "nf4"])
+@pytest.mark.parametrize("bias", [False, True])
+def test_it_equals_the_plain_path(keep: str, quantize: str | None, bias: bool, on_cpu: pytest.MonkeyPatch) -> None:
+    model = small(bias)
+    if quantize:
+        lora.quantize(model, quantize)
+    lora.wrap(model, r=5, alpha=7)
+    for p in model.parameters():
+        if p.requires_grad:
+            torch.nn.init.normal_(p, std=0.1)
+    ids, dy = torch.randint(0, 97, (2, 33)), torch.randn(2, 33, 64)
+    on_cpu.setattr(llama, "FUSED", set())
+    h0, want = gradients(model, ids, dy)
+    on_cpu.setattr(llama, "FUSED", {"cpu"})
+    assert model.fused(model.embed(ids), {None: None}) is not None
+    model.keep = keep
+    h1, got = gradients(model, ids, dy)
+    assert want.keys() == got.keys() and len(want) == 3 * 7 * 2
+    torch.testing.assert_close(h1, h0, rtol=1e-5, atol=1e-5)
+    for name in want:
+        torch.testing.assert_close(got[name], want[name], rtol=1e-4, atol=2e-5 * float(want[name].abs().max()) + 1e-6)
+
+
+def test_the_gradient_of_the_input_passes_through(on_cpu: pytest.MonkeyPatch) -> None:
+    model = lora.wrap(small(), r=4, targets=["q_proj", "down_proj"])
+    model.model.embed_tokens.weight.requires_grad_(True)
+    ids, dy = torch.randint(0, 97, (1, 20)), torch.randn(1, 20, 64)
+    on_cpu.setattr(llama, "FUSED", set())
+    _, want = gradients(model, ids, dy)
+    on_cpu.setattr(llama, "FUSED", {"cpu"})
+    _, got = gradients(model, ids, dy)
+    assert "model.embed_tokens.weight" in got and got.keys() == want.keys()
+    for name in want:
+        torch.testing.assert_close(got[name], want[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("how", ["dropout", "dora", "two adapters", "hook", "trained norm"])
+def test_what_it_cannot_do_takes_the_plain_path(how: str, on_cpu: pytest.MonkeyPatch) -> None:
+    model = lora.wrap(small(), r=4, dropout=0.1 if how == "dropout" else 0.0, dora=how == "dora").train()
+    if how == "two adapters":
+        lora.wrap(model, r=2, name="second")
+        lora.activate(model, ["default", "second"])
+    elif how == "hook":
+        model.model.layers[1].mlp.register_forward_hook(lambda *a: None)
+    elif how == "trained norm":
+        model.model.layers[2].input_layernorm.weight.requires_grad_(True)
+    ids = torch.randint(0, 97, (1, 8))
+    assert model.fused(model.embed(ids), {None: None}) is None
+    assert model(ids).requires_grad
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("keep", fused.KEEPS)
+def test_on_a_gpu_it_is_as_good_as_the_plain_path(keep: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """bfloat16 errors of states and gradients against the same model in float32, beside the plain path's errors."""
+    model = lora.wrap(small(qkv_bias=True), r=5, alpha=8)
+    for p in model.parameters():
+        if p.requires_grad:
+            torch.nn.init.normal_(p, std=0.1)
+    model = model.cuda()
+    ids, dy = torch.randint(0, 97, (2, 65), device="cuda"), torch.randn(2, 65, 64, device="cuda")
+    monkeypatch.setattr(llama, "FUSED", set())
+    h64, want = gradients(model.double(), ids, dy.double())
+    model.bfloat16()
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            p.data = p.data.float()
+    h0, plain = gradients(model, ids, dy.bfloat16())
+    monkeypatch.setattr(llama, "FUSED", {"cuda"})
+    model.keep = keep
+    h1, got = gradients(model, ids, dy.bfloat16())
+    error = lambda a, b: float((a.double() - b.double()).norm() / b.double().norm())  # noqa: E731
+    assert error(h1, h64) <= 1.3 * error(h0, h64)
+    for name in want:
+        assert error(got[name], want[name]) <= 1.5 * error(plain[name], want[name]) + 1e-3, name
