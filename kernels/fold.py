@@ -16,7 +16,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lora.kernels._triton import tl, triton
 from lora.kernels.code4 import dequantize4
+from lora.kernels.dispatch import use_triton
 from lora.kernels.linear4 import Low, Weight4
 from lora.kernels.scratch import scratch
 
@@ -56,30 +58,101 @@ def wide(M: int, K: int, room: int, like: Tensor, use: str) -> Tensor:
     return scratch(M * (K + room), like.dtype, like.device, use).view(M, K + room)
 
 
-def stack_a(group: Group, like: Tensor) -> Tensor | None:
-    """A (Σ r, K) in the dtype of `like`, the scales in it."""
-    R = sum(group.ranks)
-    if not R:
-        return None
-    a = torch.empty(R, group.K, dtype=like.dtype, device=like.device)
+# ---- reference ----
+def _fringe_ref(out: Tensor, src: Tensor | None, at: int, bias: Tensor | None, ones: bool, last: int) -> None:
+    out.zero_()
+    if src is not None:
+        out[:, at : at + src.shape[1]] = src
+    if bias is not None:
+        out[:, last] = bias
+    elif ones:
+        out[:, last] = 1.0
+
+
+# ---- kernel ----
+@triton.jit
+def _fringe_kernel(
+    out_ptr,  # (M, room)
+    src_ptr,  # (M, r), any float
+    bias_ptr,  # (M,), read only with FILL 2
+    M,
+    room,
+    at,
+    r,
+    last,
+    out_stride_m,
+    src_stride_m,
+    FILL: tl.constexpr,  # of column `last`: 0 nothing, 1 ones, 2 the bias
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]  # (ROWS, 1)
+    col = tl.arange(0, BLOCK)[None, :]  # (1, BLOCK)
+    there = (row < M) & (col >= at) & (col < at + r)
+    value = tl.load(src_ptr + row * src_stride_m + (col - at), mask=there, other=0.0).to(tl.float32)
+    if FILL == 1:
+        value = tl.where(col == last, 1.0, value)
+    if FILL == 2:
+        value = tl.where(col == last, tl.load(bias_ptr + row, mask=row < M, other=0.0).to(tl.float32), value)
+    tl.store(out_ptr + row * out_stride_m + col, value.to(out_ptr.dtype.element_ty), mask=(row < M) & (col < room))
+
+
+# ---- launch ----
+@torch.library.custom_op("lora::fringe", mutates_args=("out",))
+def _fringe_op(out: Tensor, src: Tensor | None, at: int, bias: Tensor | None, ones: bool, last: int) -> None:
+    M, room = out.shape
+    BLOCK = triton.next_power_of_2(room)
+    ROWS = max(1, 2048 // BLOCK)
+    r, stride = (0, 0) if src is None else (src.shape[1], src.stride(0))
+    with torch.cuda.device_of(out):  # Triton launches on the current device, not on the tensors'
+        _fringe_kernel[(-(-M // ROWS),)](
+            out, out if src is None else src, out if bias is None else bias, M, room, at, r, last, out.stride(0),
+            stride, FILL=2 if bias is not None else int(ones), ROWS=ROWS, BLOCK=BLOCK, num_warps=4,
+        )  # fmt: skip
+
+
+@_fringe_op.register_fake
+def _(out: Tensor, src: Tensor | None, at: int, bias: Tensor | None, ones: bool, last: int) -> None:
+    return None
+
+
+def fringe(
+    out: Tensor, src: Tensor | None, at: int = 0, bias: Tensor | None = None, ones: bool = False, last: int = 0
+) -> None:
+    """Writes all of `out` (M, room): `src` (M, r) from column `at` on, in column `last` the bias (M,) or ones, else 0.
+
+    `out` may be columns of a wider buffer.
+    """
+    if src is not None and (src.shape[0] != out.shape[0] or at + src.shape[1] > out.shape[1]):
+        raise ValueError(f"{tuple(src.shape)} from column {at} on does not fit into {tuple(out.shape)}")
+    if src is not None and src.stride(1) != 1:
+        src = src.contiguous()
+    if use_triton(out, *(t for t in (src, bias) if t is not None)):
+        _fringe_op(out, src, at, bias, ones, last)
+    else:
+        _fringe_ref(out, src, at, bias, ones, last)
+
+
+# ---- the parts of the products ----
+def stack_a(group: Group, out: Tensor) -> Tensor:
+    """A into the first rows of `out`, the scales in it; the rows behind it become 0."""
     at = 0
     for low in group.lows:
         if low:
-            part = a[at : at + low[0].shape[0]]
-            torch.mul(low[0].detach(), low[2], out=part) if part.dtype == low[0].dtype else part.copy_(low[0] * low[2])
-            at += part.shape[0]
-    return a
+            r = low[0].shape[0]
+            torch.mul(low[0].detach(), low[2], out=out[at : at + r])
+            at += r
+    if at < out.shape[0]:
+        out[at:].zero_()
+    return out
 
 
 def spread_b(group: Group, out: Tensor) -> None:
-    """B, block-diagonal, and the biases into `out` (Σ N, room), zeros elsewhere."""
-    out.zero_()
+    """B, block-diagonal, and the biases behind it, into `out` (Σ N, room), zeros elsewhere."""
     row = at = 0
     for n, r, low, bias in zip(group.sizes, group.ranks, group.lows, group.biases, strict=True):
-        if low:
-            out[row : row + n, at : at + r].copy_(low[1].detach())
-        if bias is not None:
-            out[row : row + n, sum(group.ranks)].copy_(bias.detach())
+        b = low[1].detach() if low else None
+        fringe(out[row : row + n], b, at, None if bias is None else bias.detach(), last=sum(group.ranks))
         row, at = row + n, at + r
 
 
@@ -110,13 +183,9 @@ def forward(group: Group, xw: Tensor, t: Tensor | None = None, add: Tensor | Non
     _decode(group.weights, buffer[:, :K])
     if room:
         spread_b(group, buffer[:, K:])
-        if R:
-            if t is None:
-                a = stack_a(group, xw)
-                assert a is not None
-                t = xw[:, :K] @ a.T
-            xw[:, K : K + R].copy_(t)
-        xw[:, K + R :].fill_(1.0 if any(b is not None for b in group.biases) else 0.0)  # B is zero past the bias
+        if R and t is None:
+            t = xw[:, :K] @ stack_a(group, torch.empty(R, K, dtype=xw.dtype, device=xw.device)).T
+        fringe(xw[:, K:], t, ones=any(b is not None for b in group.biases), last=R)
     if add is not None:
         return torch.addmm(add, xw, buffer.T), t
     if out is None:
@@ -130,7 +199,7 @@ def backward(group: Group, dyw: Tensor, t: Tensor | None, out: Tensor | None = N
     The other columns of dyw are written here.  dX goes into `out` where given.
     """
     K, R, N = group.K, sum(group.ranks), sum(group.sizes)
-    dy, u, a, dbs = dyw[:, :N], None, None, []
+    dy, u, dbs = dyw[:, :N], None, []
     room = dyw.shape[1] - N
     buffer = scratch((N + room) * K + 1, dyw.dtype, dyw.device, "weight")[: (N + room) * K].view(N + room, K)
     if R:
@@ -138,19 +207,15 @@ def backward(group: Group, dyw: Tensor, t: Tensor | None, out: Tensor | None = N
         b = wide(N, 0, group.room, dyw, "b")
         spread_b(group, b)
         u = dy @ b[:, :R]
-        dyw[:, N : N + R].copy_(u)
         row = at = 0
         for n, r in zip(group.sizes, group.ranks, strict=True):
             dbs.append(dy[:, row : row + n].T @ t[:, at : at + r] if r else None)
             row, at = row + n, at + r
-        a = stack_a(group, dyw)
-        assert a is not None
-        buffer[N : N + R].copy_(a)
     else:
         dbs = [None] * len(group.weights)
     if room:
-        dyw[:, N + R :].zero_()
-        buffer[N + R :].zero_()
+        fringe(dyw[:, N:], u)
+        stack_a(group, buffer[N:])
     _decode(group.weights, buffer[:N])
     if out is None:
         out = torch.empty(dyw.shape[0], K, dtype=dyw.dtype, device=dyw.device)

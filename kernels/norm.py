@@ -85,16 +85,20 @@ def _backward_kernel(
     x_ptr,  # (M, D) what was normalised
     w_ptr,  # (D,)
     r_ptr,  # (M,) f32
-    dx_ptr,  # (M, D) contiguous
+    dx_ptr,  # (M, D)
     dw_ptr,  # (programs, D) f32 partial sums, written only with DW
+    y_ptr,  # (M, D) the forward's result again, written only with Y
     M,
     steps,  # blocks of ROWS rows a program
     dy_stride_m,
     ds_stride_m,
     x_stride_m,
+    dx_stride_m,
+    y_stride_m,
     D: tl.constexpr,
     ADD: tl.constexpr,
     DW: tl.constexpr,
+    Y: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -115,7 +119,10 @@ def _backward_kernel(
         dx = (g - x * c) * r
         if ADD:
             dx += tl.load(ds_ptr + row * ds_stride_m + col, mask=mask, other=0.0).to(tl.float32)
-        tl.store(dx_ptr + row * D + col, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+        tl.store(dx_ptr + row * dx_stride_m + col, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+        if Y:
+            y = (x * r).to(x_ptr.dtype.element_ty).to(tl.float32) * w
+            tl.store(y_ptr + row * y_stride_m + col, y.to(y_ptr.dtype.element_ty), mask=mask)
         if DW:
             dw += dy * (x * r)
     if DW:
@@ -202,14 +209,13 @@ def _(x: Tensor, residual: Tensor | None, w: Tensor, eps: float, out: Tensor) ->
     return s, x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
 
 
-@torch.library.custom_op("lora::rms_norm_backward", mutates_args=())
-def _backward_op(
-    dy: Tensor, ds: Tensor | None, x: Tensor, w: Tensor, r: Tensor, want_dw: bool
-) -> tuple[Tensor, Tensor]:
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+def _launch_backward(
+    dy: Tensor, ds: Tensor | None, x: Tensor, w: Tensor, r: Tensor, want_dw: bool, dx: Tensor, y: Tensor | None
+) -> Tensor:
+    """Writes dx and y, returns dw (nothing in it unless wanted)."""
     d = x.shape[-1]
     if not x.numel():
-        return dx, torch.zeros(d if want_dw else 0, dtype=torch.float32, device=x.device)
+        return torch.zeros(d if want_dw else 0, dtype=torch.float32, device=x.device)
     dy, x, w = _rows(dy), _rows(x), w.contiguous()
     added = dy if ds is None else _rows(ds)
     BLOCK_D = triton.next_power_of_2(d)
@@ -220,10 +226,30 @@ def _backward_op(
     dw = torch.empty((programs if want_dw else 0, d), dtype=torch.float32, device=x.device)
     with torch.cuda.device_of(x):
         _backward_kernel[(programs,)](
-            dy, added, x, w, r.contiguous(), dx, dw, x.shape[0], steps, dy.stride(0), added.stride(0), x.stride(0),
-            D=d, ADD=ds is not None, DW=want_dw, ROWS=ROWS, BLOCK_D=BLOCK_D, num_warps=num_warps,
+            dy, added, x, w, r.contiguous(), dx, dw, dx if y is None else y, x.shape[0], steps,
+            dy.stride(0), added.stride(0), x.stride(0), dx.stride(-2) if dx.dim() > 1 else d,
+            d if y is None else y.stride(0),
+            D=d, ADD=ds is not None, DW=want_dw, Y=y is not None, ROWS=ROWS, BLOCK_D=BLOCK_D, num_warps=num_warps,
         )  # fmt: skip
-    return dx, dw.sum(dim=0) if want_dw else dw.view(0)
+    return dw.sum(dim=0) if want_dw else dw.view(0)
+
+
+@torch.library.custom_op("lora::rms_norm_backward", mutates_args=())
+def _backward_op(
+    dy: Tensor, ds: Tensor | None, x: Tensor, w: Tensor, r: Tensor, want_dw: bool
+) -> tuple[Tensor, Tensor]:
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    return dx, _launch_backward(dy, ds, x, w, r, want_dw, dx, None)
+
+
+@torch.library.custom_op("lora::rms_norm_backward_into", mutates_args=("dx", "y"))
+def _backward_into_op(dy: Tensor, ds: Tensor | None, x: Tensor, w: Tensor, r: Tensor, dx: Tensor, y: Tensor) -> None:
+    _launch_backward(dy, ds, x, w, r, False, dx, y)
+
+
+@_backward_into_op.register_fake
+def _(dy: Tensor, ds: Tensor | None, x: Tensor, w: Tensor, r: Tensor, dx: Tensor, y: Tensor) -> None:
+    return None
 
 
 @_backward_op.register_fake
@@ -272,6 +298,22 @@ def rms_norm_backward(
         return _backward_ref(dy, ds, x, w, r, want_dx, want_dw)
     dx, dw = _backward_op(dy, ds, x, w, r, want_dw)
     return dx if want_dx else None, dw.to(w.dtype) if want_dw else None
+
+
+def rms_norm_backward_into(
+    dy: Tensor, ds: Tensor | None, x: Tensor, w: Tensor, r: Tensor, dx: Tensor, y: Tensor
+) -> None:
+    """`rms_norm_backward` of rows (M, d) into `dx`, and the forward's result again into `y`, of any row stride."""
+    for name, t in (("dx", dx), ("y", y)):
+        if t.shape != x.shape or t.dim() != 2 or t.stride(1) != 1 or t.dtype != x.dtype:
+            raise ValueError(f"{name} is {t.dtype} {tuple(t.shape)}; it must be {x.dtype} {tuple(x.shape)}, (M, d)")
+    if use_triton(dy, x, w, r, dx, y, *(() if ds is None else (ds,))):
+        _backward_into_op(dy, ds, x, w, r, dx, y)
+        return
+    made, _ = _backward_ref(dy, ds, x, w, r, True, False)
+    assert made is not None
+    dx.copy_(made)
+    y.copy_((x.float() * r).to(x.dtype) * w)
 
 
 # ---- autograd ----

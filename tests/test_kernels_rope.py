@@ -160,7 +160,7 @@ def test_the_kernel_writes_its_heads_and_no_further(triton_device: torch.device)
     cos, sin = (t.to(triton_device) for t in angles(1, T, D, torch.float32))
     room = torch.full((x.numel() + 64,), 7.0, device=triton_device)
     rope_file._turn_kernel[(T,)](
-        x, x, room, room, cos, sin, T, H, H, *x.stride()[:3], *x.stride()[:3], 0, cos.stride(1), 1, 1,
+        x, x, room, room, cos, sin, T, H, H, *x.stride()[:3], *x.stride()[:3], H * D, H * D, 0, cos.stride(1), 1, 1,
         D=D, BACK=False, HEADS=4, BLOCK_D=8, num_warps=1,
     )  # fmt: skip
     assert torch.equal(room[: x.numel()].view_as(x), rope(x, cos, sin)) and (room[x.numel() :] == 7.0).all()

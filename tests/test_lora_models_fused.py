@@ -98,7 +98,7 @@ def test_on_a_gpu_it_is_as_good_as_the_plain_path(keep: str, monkeypatch: pytest
     monkeypatch.setattr(llama, "FUSED", set())
     h64, want = gradients(model.double(), ids, dy.double())
     model.bfloat16()
-    for name, p in model.named_parameters():
+    for p in model.parameters():
         if p.requires_grad:
             p.data = p.data.float()
     h0, plain = gradients(model, ids, dy.bfloat16())

@@ -7,7 +7,8 @@ Autograd would keep every value on the way.  Here a block keeps what its `keep` 
     "all"       x, q, k, v, the attention's output, s, g, u: nothing is made again but norms and the gate
     "no_gate"   all but g and u, the widest: one product is made again
     "input"     x: all is made again but W_o's and W_d's outputs where the backward can do without
-    "host"      x, in pinned memory of the host, copied beside the computation
+    "host"      as "no_gate", in pinned memory of the host, copied beside the computation
+    "input_host"  as "input", there
 Every layer's update rides in its base's product (kernels/fold.py).  Same loss as the plain path, within rounding.
 Source: the order of operations is ours; the formulas are those of llama.py and of the kernels.
 """
@@ -21,13 +22,14 @@ from torch import Tensor, nn
 from lora.kernels import fold
 from lora.kernels.fold import Group, wide
 from lora.kernels.linear4 import Low, Weight4
-from lora.kernels.norm import rms_norm_backward, rms_norm_forward
+from lora.kernels.norm import rms_norm_backward_into, rms_norm_forward
 from lora.kernels.rope import turn_into
 from lora.kernels.swiglu import swiglu_backward, swiglu_forward
 from lora.layer import LoRALinear, is_hooked
+from lora.models.host import Host
 from lora.quant.linear import Linear4bit
 
-KEEPS = ("all", "no_gate", "input", "host")
+KEEPS = ("all", "no_gate", "input", "host", "input_host")
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q, k, v (B, H, T, D) -> (B, H, T, D)
 
 
@@ -40,7 +42,7 @@ class Spec(NamedTuple):
     heads: tuple[int, int, int]  # of queries, of keys, and values of each
     attend: Attend
     keep: str
-    host: "Host | None"
+    host: Host
 
 
 def group_of(*layers: nn.Module) -> Group | None:
@@ -75,50 +77,6 @@ def group_of(*layers: nn.Module) -> Group | None:
 def factors(groups: Sequence[Group]) -> list[Tensor]:
     """a and b of every layer of the groups that has an update, in turn."""
     return [t for g in groups for low in g.lows if low for t in low[:2]]
-
-
-class Host:
-    """States of blocks in pinned memory: sent while the next block computes, fetched one block ahead.
-
-    `send` and `fetch` are called for blocks in turn, forward and then backward; buffers are used again every step.
-    """
-
-    def __init__(self) -> None:
-        self.there: dict[int, Tensor] = {}
-        self.coming: dict[int, Tensor] = {}
-        self.stream: Any = None
-
-    def send(self, i: int, x: Tensor) -> None:
-        if not x.is_cuda:
-            self.there[i] = x.clone()
-            return
-        if self.stream is None:
-            self.stream = torch.cuda.Stream()
-        room = self.there.get(i)
-        if room is None or room.shape != x.shape or room.dtype != x.dtype:
-            room = self.there[i] = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
-        self.stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.stream):
-            room.copy_(x, non_blocking=True)
-        x.record_stream(self.stream)
-
-    def fetch(self, i: int, device: torch.device) -> Tensor:
-        if device.type != "cuda":
-            return self.there[i]
-        here = torch.cuda.current_stream()
-        x = self.coming.pop(i, None)
-        if x is None:
-            x = self._order(i, device)
-        here.wait_stream(self.stream)
-        x.record_stream(here)
-        if i - 1 in self.there:
-            self.coming[i - 1] = self._order(i - 1, device)
-        return x
-
-    def _order(self, i: int, device: torch.device) -> Tensor:
-        self.stream.wait_stream(torch.cuda.current_stream())  # what a fresh buffer held may still be in use there
-        with torch.cuda.stream(self.stream):
-            return self.there[i].to(device, non_blocking=True)
 
 
 class _State(NamedTuple):
@@ -198,14 +156,39 @@ def _again(spec: Spec, x: Tensor, cos: Tensor, sin: Tensor, B: int, T: int, ts: 
     return _State(r1, qkv, leaves, att, s, r2, gu)
 
 
+def _memory(t: Tensor) -> Tensor:
+    """A tensor without gaps, its axes in some order, as the contiguous tensor of its memory."""
+    order = sorted(range(t.dim()), key=t.stride, reverse=True)
+    whole = t.detach().permute(order)
+    assert whole.is_contiguous(), "attention's output is one piece of memory"
+    return whole
+
+
+class _Passed:
+    """The gradient that the block above has left in a buffer with room at the rows' ends, so that it need not move."""
+
+    wide: Tensor | None = None
+
+    @classmethod
+    def take(cls, dy: Tensor, room: int) -> Tensor:
+        """dy (M, D) in a buffer (M, D + room): that of the block above, or a copy."""
+        M, D = dy.shape
+        passed, cls.wide = cls.wide, None
+        if passed is not None and passed.shape == (M, D + room) and passed.data_ptr() == dy.data_ptr():
+            return passed
+        passed = torch.empty(M, D + room, dtype=dy.dtype, device=dy.device)
+        passed[:, :D].copy_(dy)
+        return passed
+
+
 def _backward(spec: Spec, dy: Tensor, x: Tensor, st: _State, cos: Tensor, sin: Tensor, B: int, T: int, ts: Any):
-    """dx (M, D) and the gradients of `factors`."""
+    """dx (M, D), with room behind each row, and the gradients of `factors`."""
     qkv_g, o_g, gu_g, d_g = spec.groups
     M, D = x.shape
     F = d_g.K
     assert st.gu is not None
-    dyw = wide(M, D, d_g.room, x, "dy")
-    dyw[:, :D].copy_(dy)
+    dyw = _Passed.take(dy, d_g.room)
+    dy = dyw[:, :D]
     act = wide(M, F, 0, x, "gated")
     _, u4, db4 = fold.backward(d_g, dyw, ts[3], out=act)  # dL/d(silu(g) u)
     g, u = st.gu[:, :F], st.gu[:, F : 2 * F]
@@ -213,29 +196,29 @@ def _backward(spec: Spec, dy: Tensor, x: Tensor, st: _State, cos: Tensor, sin: T
     da4 = fold.grad_a(d_g, u4, act)
     dh, u3, db3 = fold.backward(gu_g, st.gu, ts[2])
     h = wide(M, D, 0, x, "normed")
-    rms_norm_forward(st.s, None, spec.norms[1], spec.eps, out=h)
+    dsw = wide(M, D, o_g.room, x, "ds")
+    ds = dsw[:, :D]
+    rms_norm_backward_into(dh, dy, st.s, spec.norms[1], st.r2, ds, h)
     da3 = fold.grad_a(gu_g, u3, h)
-    ds, _ = rms_norm_backward(dh, dy, st.s, spec.norms[1], st.r2)
-    assert ds is not None
-    dsw = wide(M, D, o_g.room, x, "dy")
-    dsw[:, :D].copy_(ds)
+    del dh
     datt, u2, db2 = fold.backward(o_g, dsw, ts[1])
     H, KV, hd = spec.heads
     da2 = fold.grad_a(o_g, u2, _flat(st.att).reshape(M, H * hd))
     dq, dk, dv = torch.autograd.grad(st.att, st.leaves, datt.view(B, T, H, hd).transpose(1, 2))
+    del datt
     dw = wide(M, sum(qkv_g.sizes), qkv_g.room, x, "dqkv")
     q, k, v = _heads(dw, spec, B, T)
     turn_into((dq.transpose(1, 2), dk.transpose(1, 2)), (q, k), cos, sin, back=True)
     v.copy_(dv.transpose(1, 2))
+    del dq, dk, dv
     dn, u1, db1 = fold.backward(qkv_g, dw, ts[0])
-    n = wide(M, D, 0, x, "normed")
-    rms_norm_forward(x, None, spec.norms[0], spec.eps, out=n)
-    da1 = fold.grad_a(qkv_g, u1, n)
-    dx, _ = rms_norm_backward(dn, ds, x, spec.norms[0], st.r1)
+    dxw = torch.empty(M, D + d_g.room, dtype=x.dtype, device=x.device)
+    rms_norm_backward_into(dn, ds, x, spec.norms[0], st.r1, dxw[:, :D], h)
+    da1 = fold.grad_a(qkv_g, u1, h)
     grads = []
     for das, dbs in ((da1, db1), (da2, db2), (da3, db3), (da4, db4)):
         grads += [t for pair in zip(das, dbs, strict=True) if pair[0] is not None for t in pair]
-    return dx, grads
+    return dxw, grads
 
 
 class _Block(torch.autograd.Function):
@@ -246,10 +229,13 @@ class _Block(torch.autograd.Function):
         flat = x.reshape(B * T, D)
         y, st, ts = _forward(spec, flat, cos, sin, B, T)
         ctx.spec, ctx.layer, ctx.shape = spec, layer, (B, T, D)
-        if spec.keep == "host":
-            spec.host.send(layer, flat)
-        ctx.state = st._replace(gu=st.gu if spec.keep == "all" else None) if spec.keep in KEEPS[:2] else None
-        ctx.save_for_backward(None if spec.keep == "host" else x, cos, sin, *ts)
+        away = spec.keep.endswith("host")
+        keeps_state = spec.keep in ("all", "no_gate", "host")
+        ctx.state = st._replace(gu=st.gu if spec.keep == "all" else None) if keeps_state else None
+        if away:
+            own = (st.qkv, _memory(st.att), st.s) if keeps_state else ()
+            spec.host.send(layer, flat, own)
+        ctx.save_for_backward(None if away else x, cos, sin, *ts)
         return y.view(B, T, D)
 
     @staticmethod
@@ -257,14 +243,15 @@ class _Block(torch.autograd.Function):
         x, cos, sin, *ts = ctx.saved_tensors
         spec, (B, T, D) = ctx.spec, ctx.shape
         st, ctx.state = ctx.state, None
-        flat = spec.host.fetch(ctx.layer, grads[0].device) if x is None else x.reshape(B * T, D)
+        flat = spec.host.fetch(ctx.layer, grads[0], torch.Size((B * T, D))) if x is None else x.reshape(B * T, D)
         if st is None:
             st = _again(spec, flat, cos, sin, B, T, ts)
         elif st.gu is None:
             gu, *_ = _gate(spec, st.s, ts[2], True)
             st = st._replace(gu=gu)
-        dx, dfactors = _backward(spec, grads[0].reshape(B * T, D), flat, st, cos, sin, B, T, ts)
-        return (dx.view(B, T, D), None, None, None, None, *dfactors)
+        dxw, dfactors = _backward(spec, grads[0].reshape(B * T, D), flat, st, cos, sin, B, T, ts)
+        _Passed.wide = dxw if ctx.layer else None
+        return (dxw[:, :D].unflatten(0, (B, T)), None, None, None, None, *dfactors)
 
 
 def block(x: Tensor, cos: Tensor, sin: Tensor, spec: Spec, layer: int) -> Tensor:

@@ -24,6 +24,7 @@ from lora.kernels.swiglu import swiglu
 from lora.layer import is_hooked, together
 from lora.models import fused
 from lora.models.base import Cache, CausalLM, attention, causal_mask, ints, new_embedding
+from lora.models.host import Host
 
 FUSED = {"cuda"}  # devices on which training takes fused.py's blocks; on a CPU autograd's own path is as good
 
@@ -268,7 +269,8 @@ class Llama(CausalLM):
         self.model = Layers(config, self.block, self.last_norm)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.tie()
-        self.keep, self.host = "all", fused.Host()
+        self.keep: str | list[str] = "all"
+        self.host = Host()
 
     def fused(self, x: Tensor, masks: Mapping[int | None, Tensor | None]) -> list[fused.Spec] | None:
         """What `fused.block` needs of every block; None where one of them needs the plain path."""
@@ -287,7 +289,8 @@ class Llama(CausalLM):
                 return None
             attend = functools.partial(attention, mask=masks[c.window(i)])
             heads = (c.num_heads, c.num_kv_heads, c.head_dim)
-            specs.append(fused.Spec(norms, c.eps, cast(Any, groups), heads, attend, self.keep, self.host))
+            keep = self.keep if isinstance(self.keep, str) else self.keep[i]
+            specs.append(fused.Spec(norms, c.eps, cast(Any, groups), heads, attend, keep, self.host))
         return specs
 
     def embedding(self) -> nn.Module:

@@ -1,0 +1,77 @@
+"""States of blocks in pinned memory of the host: sent while the next block computes, fetched one block ahead.
+
+Blocks are numbered in the order of the forward; `send` is called once a block going forward, `fetch` once going back.
+Buffers on the host are used again every step.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Host:
+    """What a step put away.  On a CPU it puts nothing away and gives back what it was given."""
+
+    def __init__(self) -> None:
+        self.room: dict[tuple[int, int], Tensor] = {}  # (block, place) -> pinned bytes
+        self.away: dict[int, list[Tensor]] = {}  # block -> its own tensors
+        self.inputs: dict[int, Tensor] = {}  # block -> x, where it is here
+        self.coming: set[int] = set()
+        self.stream: Any = None
+
+    def send(self, block: int, x: Tensor, own: Sequence[Tensor] = ()) -> None:
+        """Puts `x` away, which the caller forgets, and `own`, whose memory is given up and filled again by `fetch`.
+
+        `own` are contiguous tensors that nobody but the block's state holds; views of them go and come with them.
+        """
+        self.away[block] = list(own)
+        if not x.is_cuda:
+            self.inputs[block] = x.clone()
+            return
+        if self.stream is None:
+            self.stream = torch.cuda.Stream()
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            for i, t in enumerate((x, *own)):
+                self._pinned(block, i, t).copy_(t, non_blocking=True)
+                t.record_stream(self.stream)  # its memory is free for others when the copy is done, not before
+        for t in own:
+            t.untyped_storage().resize_(0)
+
+    def fetch(self, block: int, like: Tensor, shape: torch.Size) -> Tensor:
+        """The x of `send`; its `own` are whole again.  Orders the block before, too."""
+        if not like.is_cuda:
+            self.away.pop(block)
+            return self.inputs.pop(block)
+        if block not in self.coming:
+            self._order(block, like, shape)
+        torch.cuda.current_stream().wait_stream(self.stream)
+        self.coming.discard(block)
+        self.away.pop(block)
+        x = self.inputs.pop(block)
+        if block - 1 in self.away:
+            self._order(block - 1, like, shape)
+        return x
+
+    def _order(self, block: int, like: Tensor, shape: torch.Size) -> None:
+        own = self.away[block]
+        x = self.inputs[block] = torch.empty(shape, dtype=like.dtype, device=like.device)
+        for t in own:
+            t.untyped_storage().resize_(t.numel() * t.element_size())
+        self.stream.wait_stream(torch.cuda.current_stream())  # what this memory held may still be in use there
+        with torch.cuda.stream(self.stream):
+            for i, t in enumerate((x, *own)):
+                # through a tensor of its own, since autograd would take a write to the saved one for a mistake
+                whole = torch.empty(0, dtype=t.dtype, device=t.device).set_(
+                    t.untyped_storage(), t.storage_offset(), t.shape, t.stride()
+                )
+                whole.copy_(self.room[block, i], non_blocking=True)
+        self.coming.add(block)
+
+    def _pinned(self, block: int, place: int, t: Tensor) -> Tensor:
+        room = self.room.get((block, place))
+        if room is None or room.shape != t.shape or room.dtype != t.dtype:
+            room = self.room[block, place] = torch.empty(t.shape, dtype=t.dtype, pin_memory=True)
+        return room
