@@ -4,7 +4,8 @@ Llama-3.1-8B's shape with random weights, NF4 with double quantization, LoRA r=1
 learned, AdamW with 32-bit states.  Forward, backward, clipping and the optimizer's step are timed; median of the
 steps after a warm-up; peak of torch.cuda.max_memory_allocated.
 
-usage: python benchmarks/bench_step.py [--case BATCHxLENGTH:KEEP ...] [--layers 32] [--profile] [--save]
+usage: python benchmarks/bench_step.py [--case BATCHxLENGTH:KEEP ...]  KEEP: of fused.KEEPS, or a budget such as 36GiB
+       [--layers 32] [--profile] [--save]
 """
 
 import argparse
@@ -17,28 +18,31 @@ from bench_decode import VOCAB, ours
 from result import finish
 from timing import copy_gb_s, matmul_tflop_s
 
-from lora.eval.nll import token_nll
 from lora.models.llama import Llama
-from lora.render import Example, collate
+from lora.render import Batch, Example, collate
+from lora.train.graph import Graphs
 from lora.train.optim import AdamW
 
 
 def measure(model: Llama, optimizer: AdamW, batch: int, length: int, keep: str, steps: int, profile: bool) -> dict:
     """One row of the table."""
-    model.keep = keep
+    model.keep, model.kept, model.budget = keep, (0, []), None
+    if keep.endswith("GiB"):
+        model.keep, model.budget = None, int(float(keep.removesuffix("GiB")) * 2**30)
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
     base = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     seconds = []
+    graphs = Graphs(model)
     generator = torch.Generator().manual_seed(1)
-    for _ in range(steps + 2):
+    for _ in range(steps + 3):
         rows = torch.randint(0, VOCAB - 256, (batch, length), generator=generator).tolist()
         learned = (False,) + (True,) * (length - 1)
         data = collate([Example(tuple(row), learned, i) for i, row in enumerate(rows)]).to(torch.device("cuda"))
         torch.cuda.synchronize()
         start = time.perf_counter()
-        loss = one(model, optimizer, data)
+        loss = one(graphs, optimizer, data)
         torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
     if profile:
@@ -46,30 +50,28 @@ def measure(model: Llama, optimizer: AdamW, batch: int, length: int, keep: str, 
         from torch.profiler import profile as record
 
         with record(activities=[ProfilerActivity.CUDA]) as p:
-            one(model, optimizer, data)
+            one(graphs, optimizer, data)
             torch.cuda.synchronize()
         print(p.key_averages().table(sort_by="cuda_time_total", row_limit=40, max_name_column_width=70))
-    took = statistics.median(seconds[2:])
+    took = statistics.median(seconds[3:])
     return {
         "batch": batch, "length": length, "keep": keep, "ms": round(1e3 * took, 1),
         "tok_s": round(batch * length / took), "peak_GiB": round(torch.cuda.max_memory_allocated() / 2**30, 2),
-        "base_GiB": round(base / 2**30, 2), "loss": round(loss.item(), 3),
+        "base_GiB": round(base / 2**30, 2), "blocks_whole": model.kept[1].count("all"), "loss": round(loss.item(), 3),
     }  # fmt: skip
 
 
-def one(model: Llama, optimizer: AdamW, data) -> torch.Tensor:
-    nll, _ = token_nll(model, data)
-    loss = nll.sum() / data.target.numel()
-    loss.backward()
+def one(graphs: Graphs, optimizer: AdamW, data: Batch) -> torch.Tensor:
+    loss, _ = graphs.run(data, data.target.numel())
     optimizer.gather()
     optimizer.clip(1.0)
     optimizer.step(1e-4, zero=True)
-    return loss.detach()
+    return loss
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--case", nargs="+", default=["4x2048:all", "4x2048:no_gate", "4x2048:input", "4x2048:host"])
+    parser.add_argument("--case", nargs="+", default=["4x2048:36GiB", "4x2048:8.2GiB", "1x8192:8.2GiB", "1x512:36GiB"])
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--profile", action="store_true")

@@ -1,12 +1,13 @@
 """A linear layer with its low-rank update inside one matrix product, for several layers that read the same input.
 
-    forward     [Y_1 | Y_2 | ..] = [X | T | 1] [W | B | bias]ᵀ      T = X Aᵀ, A the layers' s_i a_i one under the other
-    backward    dX = [dY | U] [W ; A]                               U = dY B, B block-diagonal of the layers' b_i
-                da_i = s_i U_iᵀ X       db_i = dY_iᵀ T_i
+    forward     [Y_1 | Y_2 | ..] = [X | T | 1] [W | B | bias]ᵀ      T_i = X (s_i a_i)ᵀ, B block-diagonal of the b_i
+    backward    dX = [dY | U] [W ; A]                               U_i = dY_i (s_i b_i), A the a_i one under the other
+                da_i = U_iᵀ X           db_i = dY_iᵀ T_i
 
 W (N, K) is decoded (or copied) into a reused buffer whose rows have room for B, or whose end has room for A, so the
 update costs R more columns of one product and not two products of its own with Y read and written again: 8-18 % of a
-layer's time becomes 1 (LOG.md).  The scale s sits in A: exact where s is a power of two, one rounding elsewhere.
+layer's time becomes 1 (LOG.md).  The scale s is put into a factor when that is rounded to the dtype of X: exact where
+s is a power of two.
 Source: LoRA, arXiv:2106.09685, section 4.1.
 """
 
@@ -59,10 +60,12 @@ def wide(M: int, K: int, room: int, like: Tensor, use: str) -> Tensor:
 
 
 # ---- reference ----
-def _fringe_ref(out: Tensor, src: Tensor | None, at: int, bias: Tensor | None, ones: bool, last: int) -> None:
+def _fringe_ref(
+    out: Tensor, src: Tensor | None, at: int, bias: Tensor | None, ones: bool, last: int, scale: float
+) -> None:
     out.zero_()
     if src is not None:
-        out[:, at : at + src.shape[1]] = src
+        out[:, at : at + src.shape[1]] = src if scale == 1.0 else src * scale
     if bias is not None:
         out[:, last] = bias
     elif ones:
@@ -82,6 +85,7 @@ def _fringe_kernel(
     last,
     out_stride_m,
     src_stride_m,
+    scale,  # of src
     FILL: tl.constexpr,  # of column `last`: 0 nothing, 1 ones, 2 the bias
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -89,7 +93,7 @@ def _fringe_kernel(
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]  # (ROWS, 1)
     col = tl.arange(0, BLOCK)[None, :]  # (1, BLOCK)
     there = (row < M) & (col >= at) & (col < at + r)
-    value = tl.load(src_ptr + row * src_stride_m + (col - at), mask=there, other=0.0).to(tl.float32)
+    value = tl.load(src_ptr + row * src_stride_m + (col - at), mask=there, other=0.0).to(tl.float32) * scale
     if FILL == 1:
         value = tl.where(col == last, 1.0, value)
     if FILL == 2:
@@ -99,7 +103,9 @@ def _fringe_kernel(
 
 # ---- launch ----
 @torch.library.custom_op("lora::fringe", mutates_args=("out",))
-def _fringe_op(out: Tensor, src: Tensor | None, at: int, bias: Tensor | None, ones: bool, last: int) -> None:
+def _fringe_op(
+    out: Tensor, src: Tensor | None, at: int, bias: Tensor | None, ones: bool, last: int, scale: float
+) -> None:
     M, room = out.shape
     BLOCK = triton.next_power_of_2(room)
     ROWS = max(1, 2048 // BLOCK)
@@ -107,19 +113,25 @@ def _fringe_op(out: Tensor, src: Tensor | None, at: int, bias: Tensor | None, on
     with torch.cuda.device_of(out):  # Triton launches on the current device, not on the tensors'
         _fringe_kernel[(-(-M // ROWS),)](
             out, out if src is None else src, out if bias is None else bias, M, room, at, r, last, out.stride(0),
-            stride, FILL=2 if bias is not None else int(ones), ROWS=ROWS, BLOCK=BLOCK, num_warps=4,
+            stride, scale, FILL=2 if bias is not None else int(ones), ROWS=ROWS, BLOCK=BLOCK, num_warps=4,
         )  # fmt: skip
 
 
 @_fringe_op.register_fake
-def _(out: Tensor, src: Tensor | None, at: int, bias: Tensor | None, ones: bool, last: int) -> None:
+def _(out: Tensor, src: Tensor | None, at: int, bias: Tensor | None, ones: bool, last: int, scale: float) -> None:
     return None
 
 
 def fringe(
-    out: Tensor, src: Tensor | None, at: int = 0, bias: Tensor | None = None, ones: bool = False, last: int = 0
+    out: Tensor,
+    src: Tensor | None,
+    at: int = 0,
+    bias: Tensor | None = None,
+    ones: bool = False,
+    last: int = 0,
+    scale: float = 1.0,
 ) -> None:
-    """Writes all of `out` (M, room): `src` (M, r) from column `at` on, in column `last` the bias (M,) or ones, else 0.
+    """Writes all of `out` (M, room): scale * src (M, r) from column `at` on, the bias (M,) or ones in `last`, else 0.
 
     `out` may be columns of a wider buffer.
     """
@@ -128,31 +140,32 @@ def fringe(
     if src is not None and src.stride(1) != 1:
         src = src.contiguous()
     if use_triton(out, *(t for t in (src, bias) if t is not None)):
-        _fringe_op(out, src, at, bias, ones, last)
+        _fringe_op(out, src, at, bias, ones, last, scale)
     else:
-        _fringe_ref(out, src, at, bias, ones, last)
+        _fringe_ref(out, src, at, bias, ones, last, scale)
 
 
 # ---- the parts of the products ----
-def stack_a(group: Group, out: Tensor) -> Tensor:
-    """A into the first rows of `out`, the scales in it; the rows behind it become 0."""
+def stack_a(group: Group, out: Tensor, scaled: bool) -> Tensor:
+    """A into the first rows of `out`, times the scales if `scaled`; the rows behind it become 0."""
     at = 0
     for low in group.lows:
         if low:
             r = low[0].shape[0]
-            torch.mul(low[0].detach(), low[2], out=out[at : at + r])
+            torch.mul(low[0].detach(), low[2] if scaled else 1.0, out=out[at : at + r])
             at += r
     if at < out.shape[0]:
         out[at:].zero_()
     return out
 
 
-def spread_b(group: Group, out: Tensor) -> None:
-    """B, block-diagonal, and the biases behind it, into `out` (Σ N, room), zeros elsewhere."""
+def spread_b(group: Group, out: Tensor, scaled: bool) -> None:
+    """B, block-diagonal, and the biases behind it, into `out` (Σ N, room), zeros elsewhere; B times s if `scaled`."""
     row = at = 0
     for n, r, low, bias in zip(group.sizes, group.ranks, group.lows, group.biases, strict=True):
         b = low[1].detach() if low else None
-        fringe(out[row : row + n], b, at, None if bias is None else bias.detach(), last=sum(group.ranks))
+        bias = None if bias is None else bias.detach()
+        fringe(out[row : row + n], b, at, bias, last=sum(group.ranks), scale=low[2] if low and scaled else 1.0)
         row, at = row + n, at + r
 
 
@@ -182,9 +195,9 @@ def forward(group: Group, xw: Tensor, t: Tensor | None = None, add: Tensor | Non
     buffer = wide(N, K, room, xw, "weight")
     _decode(group.weights, buffer[:, :K])
     if room:
-        spread_b(group, buffer[:, K:])
+        spread_b(group, buffer[:, K:], scaled=False)
         if R and t is None:
-            t = xw[:, :K] @ stack_a(group, torch.empty(R, K, dtype=xw.dtype, device=xw.device)).T
+            t = xw[:, :K] @ stack_a(group, torch.empty(R, K, dtype=xw.dtype, device=xw.device), scaled=True).T
         fringe(xw[:, K:], t, ones=any(b is not None for b in group.biases), last=R)
     if add is not None:
         return torch.addmm(add, xw, buffer.T), t
@@ -205,30 +218,37 @@ def backward(group: Group, dyw: Tensor, t: Tensor | None, out: Tensor | None = N
     if R:
         assert t is not None
         b = wide(N, 0, group.room, dyw, "b")
-        spread_b(group, b)
+        spread_b(group, b, scaled=True)
         u = dy @ b[:, :R]
         row = at = 0
         for n, r in zip(group.sizes, group.ranks, strict=True):
-            dbs.append(dy[:, row : row + n].T @ t[:, at : at + r] if r else None)
+            dbs.append(product32(dy[:, row : row + n].T, t[:, at : at + r]) if r else None)
             row, at = row + n, at + r
     else:
         dbs = [None] * len(group.weights)
     if room:
         fringe(dyw[:, N:], u)
-        stack_a(group, buffer[N:])
+        stack_a(group, buffer[N:], scaled=False)
     _decode(group.weights, buffer[:N])
     if out is None:
         out = torch.empty(dyw.shape[0], K, dtype=dyw.dtype, device=dyw.device)
     return torch.mm(dyw, buffer, out=out), u, dbs
 
 
+def product32(a: Tensor, b: Tensor) -> Tensor:
+    """a b in float32, in which factors and their gradients are kept, where the device makes it without rounding."""
+    if a.is_cuda and a.dtype in (torch.bfloat16, torch.float16):
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return a @ b
+
+
 def grad_a(group: Group, u: Tensor | None, x: Tensor) -> list[Tensor | None]:
-    """da_i = s_i U_iᵀ X of each layer, None without an update; X (M, K) is the group's input."""
+    """da_i = U_iᵀ X of each layer, None without an update; X (M, K) is the group's input."""
     if u is None:
         return [None] * len(group.weights)
-    da = u.T @ x
+    da = product32(u.T, x)
     parts, at = [], 0
     for r, low in zip(group.ranks, group.lows, strict=True):
-        parts.append(da[at : at + r] * low[2] if low else None)
+        parts.append(da[at : at + r] if low else None)
         at += r
     return parts

@@ -17,7 +17,7 @@ from torch import Tensor
 from lora.kernels import gemm
 from lora.kernels.code4 import dequantize4
 from lora.kernels.gemv4 import can_gemv4, gemv4
-from lora.kernels.scratch import scratch
+from lora.kernels.scratch import borrowed, mine, scratch
 
 Low = tuple[Tensor, Tensor, float]  # a (r, K), b (N, r), s
 
@@ -85,7 +85,7 @@ class _Linear4(torch.autograd.Function):
                 part.addmm_(xa[:, r0 : r0 + a.shape[0]], b.T, alpha=s)  # (M, r) (r, N)
                 r0 += a.shape[0]
         ctx.still = [(len(w.scales), w.block, w.shape) for w in weights]
-        ctx.scale = scale
+        ctx.scale, ctx.buffers = scale, mine()
         kept = [t for w in weights for t in (w.q, w.table, w.permute, *w.scales)]
         ctx.save_for_backward(x if have else None, xa, *a_s, *b_s, *kept)
         if len(ys) == 1:
@@ -127,7 +127,8 @@ class _Linear4(torch.autograd.Function):
             r0 = r1
         if ctx.needs_input_grad[0]:
             dy = dys[0] if n == 1 else _joined(dys)
-            dx = gemm.matmul(dy, _unpack(weights, dy))  # (M, Σ N) (Σ N, K)
+            with borrowed(ctx.buffers):
+                dx = gemm.matmul(dy, _unpack(weights, dy))  # (M, Σ N) (Σ N, K)
             if dxa is not None:
                 dx.addmm_(dxa, have[0] if len(have) == 1 else torch.cat(have))  # (M, Σ r) (Σ r, K)
             out[0] = dx.view(*shape, dx.shape[1])

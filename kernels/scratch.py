@@ -1,8 +1,11 @@
 """Buffers that are used again and again: fresh pages cost more than what is written into them."""
 
+import contextlib
 import ctypes
 import platform
 import threading
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,12 +19,31 @@ def scratch(n: int, dtype: torch.dtype, device: torch.device, use: str) -> Tenso
     Fresh pages cost more than the decoding itself (QLoRA unpacks each weight twice a step), so they are reused.
     """
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-    buffers = _local.__dict__.setdefault("buffers", {})
+    buffers = mine()
     key = (dtype, device, stream, use)
     if key not in buffers or buffers[key].numel() < n:
         buffers.pop(key, None)
         buffers[key] = torch.empty(n, dtype=dtype, device=device)
     return buffers[key][:n]
+
+
+def mine() -> dict[Any, Tensor]:
+    """This thread's buffers, to be lent to the thread that runs the backward."""
+    return _local.__dict__.setdefault("buffers", {})
+
+
+@contextlib.contextmanager
+def borrowed(buffers: dict[Any, Tensor]) -> Iterator[None]:
+    """Inside, this thread uses another's buffers, which must wait meanwhile: as the caller of a backward does.
+
+    Autograd runs the backward on a GPU in a thread of its own, which would otherwise hold a second set.
+    """
+    own = mine()
+    _local.__dict__["buffers"] = buffers
+    try:
+        yield
+    finally:
+        _local.__dict__["buffers"] = own
 
 
 def keep_pages() -> bool:

@@ -14,6 +14,7 @@ Source: the order of operations is ours; the formulas are those of llama.py and 
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +25,7 @@ from lora.kernels.fold import Group, wide
 from lora.kernels.linear4 import Low, Weight4
 from lora.kernels.norm import rms_norm_backward_into, rms_norm_forward
 from lora.kernels.rope import turn_into
+from lora.kernels.scratch import borrowed, mine
 from lora.kernels.swiglu import swiglu_backward, swiglu_forward
 from lora.layer import LoRALinear, is_hooked
 from lora.models.host import Host
@@ -79,7 +81,8 @@ def factors(groups: Sequence[Group]) -> list[Tensor]:
     return [t for g in groups for low in g.lows if low for t in low[:2]]
 
 
-class _State(NamedTuple):
+@dataclass(slots=True)
+class _State:
     """What one pass over a block made; fields that are not kept are None."""
 
     r1: Tensor
@@ -98,11 +101,11 @@ def _heads(buffer: Tensor, spec: Spec, B: int, T: int) -> tuple[Tensor, Tensor, 
     return rows[:, :, :H], rows[:, :, H : H + KV], rows[:, :, H + KV :]
 
 
-def _gate(spec: Spec, s: Tensor, t: Tensor | None, again: bool, residual: Tensor | None = None):
+def _gate(spec: Spec, s: Tensor, t: Tensor | None, residual: Tensor | None = None):
     """g and u (M, 2F + room) of s, or of s + residual, which is returned too, with r and T."""
     group = spec.groups[2]
     M, D, N = s.shape[0], group.K, sum(group.sizes)
-    hw = wide(M, D, group.room, s, "normed")
+    hw = wide(M, D, group.room, s, "input")
     _, s, r2 = rms_norm_forward(s, residual, spec.norms[1], spec.eps, out=hw[:, :D])
     gu = torch.empty(M, N + group.room, dtype=s.dtype, device=s.device)
     _, t = fold.forward(group, hw, t, out=gu[:, :N])
@@ -112,7 +115,7 @@ def _gate(spec: Spec, s: Tensor, t: Tensor | None, again: bool, residual: Tensor
 def _attention(spec: Spec, x: Tensor, cos: Tensor, sin: Tensor, B: int, T: int, t: Tensor | None):
     group = spec.groups[0]
     M, D = x.shape
-    xw = wide(M, D, group.room, x, "normed")
+    xw = wide(M, D, group.room, x, "input")
     _, _, r1 = rms_norm_forward(x, None, spec.norms[0], spec.eps, out=xw[:, :D])
     qkv, t = fold.forward(group, xw, t)
     q, k, v = _heads(qkv, spec, B, T)
@@ -134,11 +137,11 @@ def _forward(spec: Spec, x: Tensor, cos: Tensor, sin: Tensor, B: int, T: int):
     F = spec.groups[3].K
     r1, qkv, leaves, att, t1 = _attention(spec, x, cos, sin, B, T, None)
     HD = spec.groups[1].K
-    ow = wide(M, HD, spec.groups[1].room, x, "attended")
+    ow = wide(M, HD, spec.groups[1].room, x, "input")
     ow[:, :HD].view(B, T, *att.shape[1:2], att.shape[3]).copy_(_flat(att))
     o, t2 = fold.forward(spec.groups[1], ow)
-    gu, s, r2, t3 = _gate(spec, x, None, False, residual=o)
-    fw = wide(M, F, spec.groups[3].room, x, "gated")
+    gu, s, r2, t3 = _gate(spec, x, None, o)
+    fw = wide(M, F, spec.groups[3].room, x, "input")
     swiglu_forward(gu[:, :F], gu[:, F : 2 * F], out=fw[:, :F])
     y, t4 = fold.forward(spec.groups[3], fw, add=s)
     return y, _State(r1, qkv, leaves, att, s, r2, gu), (t1, t2, t3, t4)
@@ -149,10 +152,10 @@ def _again(spec: Spec, x: Tensor, cos: Tensor, sin: Tensor, B: int, T: int, ts: 
     M = x.shape[0]
     r1, qkv, leaves, att, _ = _attention(spec, x, cos, sin, B, T, ts[0])
     HD = spec.groups[1].K
-    ow = wide(M, HD, spec.groups[1].room, x, "attended")
+    ow = wide(M, HD, spec.groups[1].room, x, "input")
     ow[:, :HD].view(B, T, *att.shape[1:2], att.shape[3]).copy_(_flat(att))
     o, _ = fold.forward(spec.groups[1], ow, ts[1])
-    gu, s, r2, _ = _gate(spec, x, ts[2], True, residual=o)
+    gu, s, r2, _ = _gate(spec, x, ts[2], o)
     return _State(r1, qkv, leaves, att, s, r2, gu)
 
 
@@ -189,13 +192,16 @@ def _backward(spec: Spec, dy: Tensor, x: Tensor, st: _State, cos: Tensor, sin: T
     assert st.gu is not None
     dyw = _Passed.take(dy, d_g.room)
     dy = dyw[:, :D]
-    act = wide(M, F, 0, x, "gated")
+    act = wide(M, F, 0, x, "input")
     _, u4, db4 = fold.backward(d_g, dyw, ts[3], out=act)  # dL/d(silu(g) u)
     g, u = st.gu[:, :F], st.gu[:, F : 2 * F]
     swiglu_backward(act, g, u, out=(g, u), h=act)  # each value over the one it was made from
     da4 = fold.grad_a(d_g, u4, act)
     dh, u3, db3 = fold.backward(gu_g, st.gu, ts[2])
-    h = wide(M, D, 0, x, "normed")
+    del act
+    del g, u
+    st.gu = None  # half a GiB on an 8B model, and the attention's backward is still to come
+    h = wide(M, D, 0, x, "input")
     dsw = wide(M, D, o_g.room, x, "ds")
     ds = dsw[:, :D]
     rms_norm_backward_into(dh, dy, st.s, spec.norms[1], st.r2, ds, h)
@@ -228,10 +234,12 @@ class _Block(torch.autograd.Function):
         B, T, D = x.shape
         flat = x.reshape(B * T, D)
         y, st, ts = _forward(spec, flat, cos, sin, B, T)
-        ctx.spec, ctx.layer, ctx.shape = spec, layer, (B, T, D)
+        ctx.spec, ctx.layer, ctx.shape, ctx.buffers = spec, layer, (B, T, D), mine()
         away = spec.keep.endswith("host")
         keeps_state = spec.keep in ("all", "no_gate", "host")
-        ctx.state = st._replace(gu=st.gu if spec.keep == "all" else None) if keeps_state else None
+        if spec.keep != "all":
+            st.gu = None
+        ctx.state = st if keeps_state else None
         if away:
             own = (st.qkv, _memory(st.att), st.s) if keeps_state else ()
             spec.host.send(layer, flat, own)
@@ -244,12 +252,12 @@ class _Block(torch.autograd.Function):
         spec, (B, T, D) = ctx.spec, ctx.shape
         st, ctx.state = ctx.state, None
         flat = spec.host.fetch(ctx.layer, grads[0], torch.Size((B * T, D))) if x is None else x.reshape(B * T, D)
-        if st is None:
-            st = _again(spec, flat, cos, sin, B, T, ts)
-        elif st.gu is None:
-            gu, *_ = _gate(spec, st.s, ts[2], True)
-            st = st._replace(gu=gu)
-        dxw, dfactors = _backward(spec, grads[0].reshape(B * T, D), flat, st, cos, sin, B, T, ts)
+        with borrowed(ctx.buffers):
+            if st is None:
+                st = _again(spec, flat, cos, sin, B, T, ts)
+            elif st.gu is None:
+                st.gu, *_ = _gate(spec, st.s, ts[2])
+            dxw, dfactors = _backward(spec, grads[0].reshape(B * T, D), flat, st, cos, sin, B, T, ts)
         _Passed.wide = dxw if ctx.layer else None
         return (dxw[:, :D].unflatten(0, (B, T)), None, None, None, None, *dfactors)
 

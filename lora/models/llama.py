@@ -24,6 +24,7 @@ from lora.kernels.swiglu import swiglu
 from lora.layer import is_hooked, together
 from lora.models import fused
 from lora.models.base import Cache, CausalLM, attention, causal_mask, ints, new_embedding
+from lora.models.budget import Widths, free_bytes, keep_on_gpu
 from lora.models.host import Host
 
 FUSED = {"cuda"}  # devices on which training takes fused.py's blocks; on a CPU autograd's own path is as good
@@ -269,15 +270,18 @@ class Llama(CausalLM):
         self.model = Layers(config, self.block, self.last_norm)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.tie()
-        self.keep: str | list[str] = "all"
+        self.keep: str | list[str] | None = None  # what blocks keep for the backward (fused.KEEPS); None: what fits
+        self.budget: int | None = None  # bytes that tensors may take on the GPU in all; None: what is free
         self.host = Host()
+        self.kept: tuple[int, list[str]] = (0, [])  # tokens of the largest step so far, and what was chosen for it
 
     def fused(self, x: Tensor, masks: Mapping[int | None, Tensor | None]) -> list[fused.Spec] | None:
         """What `fused.block` needs of every block; None where one of them needs the plain path."""
         c, blocks = self.config, self.model.layers
         if c.qk_norm or self.block is not Block:
             return None
-        specs = []
+        specs: list[fused.Spec] = []
+        keep = self.keeps(x)
         for i, b in enumerate(blocks):
             assert isinstance(b, Block)
             norms = (b.input_layernorm.weight, b.post_attention_layernorm.weight)
@@ -289,9 +293,24 @@ class Llama(CausalLM):
                 return None
             attend = functools.partial(attention, mask=masks[c.window(i)])
             heads = (c.num_heads, c.num_kv_heads, c.head_dim)
-            keep = self.keep if isinstance(self.keep, str) else self.keep[i]
-            specs.append(fused.Spec(norms, c.eps, cast(Any, groups), heads, attend, keep, self.host))
+            specs.append(fused.Spec(norms, c.eps, cast(Any, groups), heads, attend, keep[i], self.host))
         return specs
+
+    def keeps(self, x: Tensor) -> list[str]:
+        """What each block keeps of a step over the states x (B, T, d); decided anew only for a larger step."""
+        c, tokens = self.config, x.shape[0] * x.shape[1]
+        if isinstance(self.keep, str):
+            return [self.keep] * c.num_layers
+        if self.keep is not None:
+            return self.keep
+        if not x.is_cuda:
+            return ["all"] * c.num_layers
+        if tokens > self.kept[0]:
+            heads = (c.num_heads + 2 * c.num_kv_heads) * c.head_dim
+            widths = Widths(c.hidden_size, heads, c.num_heads * c.head_dim, c.intermediate_size, c.num_layers)
+            free = free_bytes(x.device, self.budget)
+            self.kept = tokens, keep_on_gpu(widths, tokens, x.element_size(), free)
+        return self.kept[1]
 
     def embedding(self) -> nn.Module:
         return self.model.embed_tokens

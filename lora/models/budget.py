@@ -1,0 +1,61 @@
+"""What each block of a training step keeps, by the memory that is free: all it can on the GPU, the rest on the host.
+
+A block of M tokens whose widths are d (states), q (queries, keys and values), a (attention's output), f (the gate's)
+keeps M (2 d + q + a + 2 f) values of "all", and nothing but M / 1000 of "host" (fused.py).  On an H100 with an 8B
+model a block kept whole saves 2.8 ms of 600 for 0.77 GiB, while "no_gate" saves 0.25 ms for 0.28 GiB: so blocks are
+kept whole or not at all.  The last blocks are kept, since their turn in the backward comes first.
+Source: figures of benchmarks/bench_step.py in LOG.md.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+from lora.kernels.cross_entropy import BUDGET_GPU
+from lora.kernels.fold import ROOM
+
+MARGIN = 0.03  # of the card, for what nobody counts: fragments, libraries' workspaces
+
+
+class Widths(NamedTuple):
+    """Values a token of the parts of a block, and the number of blocks."""
+
+    states: int
+    qkv: int
+    attended: int
+    gate: int
+    blocks: int
+
+    def kept(self) -> int:
+        """Values a token that a block keeps of "all"."""
+        return 2 * self.states + self.qkv + self.attended + 2 * self.gate + ROOM
+
+    def working(self) -> int:
+        """Values a token that a step needs however little it keeps: one block's backward, and the states around it."""
+        reused = self.gate + 2 * self.states + self.qkv + 4 * ROOM
+        # of attention's backward: gradients of q, k, v, and float32 sums and per-head copies inside cuDNN
+        attention = 2 * self.qkv + 5 * self.attended
+        sending = 3 * (self.states + self.qkv + self.attended)  # copies to the host that are still under way
+        return reused + self.kept() + max(2 * self.gate, attention) + sending + 4 * self.states
+
+
+def decoded(widths: Widths) -> int:
+    """Values of the largest weight that is decoded at once."""
+    return (2 * widths.gate + ROOM) * (widths.states + ROOM)
+
+
+def keep_on_gpu(widths: Widths, tokens: int, itemsize: int, free: int) -> list[str]:
+    """What each block keeps when `free` bytes may be used for a step over `tokens` tokens."""
+    fixed = (tokens * widths.working() + decoded(widths)) * itemsize + 2 * BUDGET_GPU
+    block = tokens * widths.kept() * itemsize
+    whole = (free - fixed) // block
+    whole = max(0, min(widths.blocks, whole))
+    return ["host"] * (widths.blocks - whole) + ["all"] * whole
+
+
+def free_bytes(device: torch.device, limit: int | None = None) -> int:
+    """Bytes that tensors of this process may still take on a GPU, within `limit` bytes for all its tensors."""
+    driver, total = torch.cuda.mem_get_info(device)
+    allocated, reserved = torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device)
+    free = driver + reserved - allocated - int(MARGIN * total)
+    return free if limit is None else min(free, limit - allocated)
