@@ -156,12 +156,20 @@ def inverse_frequencies(dim: int, theta: float, s: dict[str, Any] | None) -> Ten
     return torch.where(wave > original / low, inv / s["factor"], torch.where(wave < original / high, inv, mixed))
 
 
+@functools.lru_cache(maxsize=32)
+def _moved(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """Float32 values on a device, copied there once: a copy from the host would stop it at every step."""
+    return torch.tensor(values, dtype=torch.float32, device=device)
+
+
 def rotation(positions: Tensor, inv_freq: Tensor, dtype: torch.dtype, factor: float = 1.0) -> Rotation:
     """cos and sin, times `factor`, (B or 1, T, 1, D / 2) each, of positions (B or 1, T) times inv_freq.
 
     inv_freq is (D / 2,), or (B or 1, 1, D / 2) where rows differ.
     """
-    angle = positions[:, :, None].float() * inv_freq.to(positions.device)
+    if inv_freq.dim() == 1 and inv_freq.device != positions.device:
+        inv_freq = _moved(tuple(inv_freq.tolist()), positions.device)
+    angle = positions[:, :, None].float() * inv_freq
     cos, sin = angle.cos(), angle.sin()
     if factor != 1.0:
         cos, sin = cos * factor, sin * factor
