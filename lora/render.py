@@ -11,51 +11,13 @@ assistant turn is learned up to and with its first stop token; padding and what 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor
-
+from lora.batch import Batch as Batch
+from lora.batch import Example as Example
+from lora.batch import collate as collate
 from lora.models.tokenizer import Tokenizer
 from lora.rows import Row, given_in
-
-
-@dataclass(frozen=True)
-class Example:
-    """One row as token ids, and which of them are learned; `row` is its place in the data."""
-
-    ids: tuple[int, ...]
-    learned: tuple[bool, ...]
-    row: int
-
-    @property
-    def n_learned(self) -> int:
-        return sum(self.learned)
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Rows of one length, padded on the right.
-
-    ids (B, T) int64; `real` (B, T) bool marks tokens that are not padding; `at` (n,) int64 are places in the
-    flattened (B*T) whose next token is learned, `target` (n,) those tokens, `owner` (n,) their row in the batch.
-    """
-
-    ids: Tensor
-    real: Tensor
-    at: Tensor
-    target: Tensor
-    owner: Tensor
-    rows: tuple[int, ...]
-
-    @property
-    def n_tokens(self) -> int:
-        return int(self.real.sum())
-
-    def to(self, device: torch.device) -> "Batch":
-        ids, real, at, target, owner = (t.to(device) for t in (self.ids, self.real, self.at, self.target, self.owner))
-        return Batch(ids, real, at, target, owner, self.rows)
 
 
 def length_limit(model: Any, asked: int | None = None) -> int:
@@ -146,17 +108,3 @@ def _turns(row: Row, text: str, tokenizer: Tokenizer) -> list[tuple[int, int]]:
             )
         spans.append((len(before), len(after)))
     return spans
-
-
-def collate(examples: Sequence[Example], pad: int = 0) -> Batch:
-    """One batch of these examples, in their order."""
-    T = max(len(e.ids) for e in examples)
-    ids = torch.full((len(examples), T), pad, dtype=torch.int64)
-    real = torch.zeros(len(examples), T, dtype=torch.bool)
-    learned = torch.zeros(len(examples), T, dtype=torch.bool)
-    for b, e in enumerate(examples):
-        ids[b, : len(e.ids)] = torch.tensor(e.ids)
-        real[b, : len(e.ids)] = True
-        learned[b, : len(e.ids)] = torch.tensor(e.learned)
-    flat = learned.view(-1).nonzero()[:, 0]  # (n,)
-    return Batch(ids, real, flat - 1, ids.view(-1)[flat], flat // T, tuple(e.row for e in examples))

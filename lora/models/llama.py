@@ -20,7 +20,8 @@ from lora.kernels.norm import rms_norm
 from lora.kernels.rope import rope
 from lora.kernels.swiglu import swiglu
 from lora.layer import together
-from lora.models.base import Cache, CausalLM, attention, causal_mask, ints, new_embedding
+from lora.models.base import Cache, CausalLM, Mask, attention, ints, new_embedding, seen
+from lora.models.documents import Documents
 
 Rotation = tuple[Tensor, Tensor]  # cos and sin of each position's angles, (B or 1, T, 1, D / 2)
 
@@ -204,7 +205,7 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(c.head_dim, c.eps) if c.qk_norm else None
         self.k_norm = RMSNorm(c.head_dim, c.eps) if c.qk_norm else None
 
-    def forward(self, x: Tensor, turn: Rotation, mask: Tensor | None, cache: Cache | None, layer: int) -> Tensor:
+    def forward(self, x: Tensor, turn: Rotation, mask: Mask, cache: Cache | None, layer: int) -> Tensor:
         B, T, _ = x.shape
         q, k, v = together(x, self.q_proj, self.k_proj, self.v_proj)
         q, k, v = (t.view(B, T, -1, self.head_dim) for t in (q, k, v))
@@ -236,7 +237,7 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.eps)
         self.mlp = MLP(c)
 
-    def forward(self, x: Tensor, turn: Rotation, mask: Tensor | None, cache: Cache | None, layer: int) -> Tensor:
+    def forward(self, x: Tensor, turn: Rotation, mask: Mask, cache: Cache | None, layer: int) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), turn, mask, cache, layer)
         return x + self.mlp(self.post_attention_layernorm(x))
 
@@ -275,14 +276,19 @@ class Llama(CausalLM):
         return self.model.embed_tokens(ids)
 
     def hidden(
-        self, ids: Tensor, padding: Tensor | None = None, positions: Tensor | None = None, cache: Cache | None = None
+        self,
+        ids: Tensor,
+        padding: Tensor | None = None,
+        positions: Tensor | None = None,
+        cache: Cache | None = None,
+        documents: Documents | None = None,
     ) -> Tensor:
         c = self.config
-        used, positions = self.where(ids, positions, cache)
+        used, positions = self.where(ids, positions, cache, documents)
         x = self.embed(ids)
         turns = c.rotations(positions, x.dtype)
         windows = {c.window(i) for i in range(c.num_layers)}
-        masks = {w: causal_mask(ids.shape[1], used, padding, ids.device, w) for w in windows}
+        masks = {w: seen(ids.shape[1], used, padding, documents, ids.device, w) for w in windows}
         for i, block in enumerate(self.model.layers):
             x = block(x, turns[c.rope_of(i)], masks[c.window(i)], cache, i)
         if cache is not None:
