@@ -71,7 +71,7 @@ class Batch:
         return Batch(ids, real, at, target, owner, self.rows, positions, self.documents)
 
 
-def collate(examples: Sequence[Example] | Sequence[Pack], pad: int = 0, side: str = "right") -> Batch:
+def collate(examples: Sequence[Example | Pack], pad: int = 0, side: str = "right") -> Batch:
     """One batch of these examples or packs, in their order, padded with `pad` on the right or left."""
     if side not in ("right", "left"):
         raise ValueError(f"side={side!r}: padding stands on the right or on the left")

@@ -1,14 +1,12 @@
 """Which rows run together: shuffled, grouped by length so that little is padding, the same for the same seed."""
 
 from collections.abc import Iterator, Sequence
-from typing import TypeVar
 
 import torch
 
 from lora.batch import Example, Pack
 from lora.tokens import lengths_of
 
-Unit = TypeVar("Unit", Example, Pack)
 _WINDOW = 32  # batches sorted by length together: wide enough to pad little, narrow enough to stay random
 
 
@@ -24,7 +22,7 @@ def epoch_order(lengths: Sequence[int], batch: int, seed: int, epoch: int) -> li
     return [batches[k] for k in mixed]
 
 
-def epoch_batches(examples: Sequence[Unit], batch: int, seed: int, epoch: int) -> list[list[Unit]]:
+def epoch_batches(examples: Sequence[Example | Pack], batch: int, seed: int, epoch: int) -> list[list[Example | Pack]]:
     """`epoch_order`, and the examples (or packs) themselves."""
     return [[examples[i] for i in part] for part in epoch_order(lengths_of(examples), batch, seed, epoch)]
 
@@ -36,7 +34,9 @@ def steps_per_epoch(n: int, batch: int, accumulate: int) -> int:
     return -(-batches // accumulate)
 
 
-def endless(examples: Sequence[Unit], batch: int, accumulate: int, seed: int) -> Iterator[tuple[int, list[list[Unit]]]]:
+def endless(
+    examples: Sequence[Example | Pack], batch: int, accumulate: int, seed: int
+) -> Iterator[tuple[int, list[list[Example | Pack]]]]:
     """(epoch, batches of one optimizer step), epoch after epoch; an example is made when its step comes."""
     epoch, lengths = 0, lengths_of(examples)
     while True:
