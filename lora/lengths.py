@@ -108,7 +108,12 @@ class LengthReport:
             f"tokens a row: {spread}",
             f"{sum(self.lengths):,} tokens, {self.learned:,} of them learned ({share:.1%}); limit {self.limit:,}",
         ]
-        if self.too_long:
+        if self.too_long and self.overlong == "error":
+            lines.append(
+                f"{self.too_long:,} of {len(self.lengths):,} rows are longer, and {self.at_stake:,} learned tokens lie "
+                f"beyond the limit; {self.first}"
+            )
+        elif self.too_long:
             lines.append(
                 f"{self.too_long:,} of {len(self.lengths):,} rows are longer; {self.overlong}: {self.left_out:,} left "
                 f"out, {self.pieces:,} examples from the others, {self.lost:,} learned tokens lost"

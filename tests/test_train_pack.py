@@ -140,6 +140,35 @@ def test_packed_padded_and_single_rows_agree(name: str, tmp_path: Path) -> None:
             assert (g - gradients[key]).abs().max() < 1e-5 * max(1.0, float(gradients[key].abs().max())), (way, key)
 
 
+@pytest.fixture(scope="module")
+def windowed(tmp_path_factory: pytest.TempPathFactory) -> nn.Module:
+    """Gemma 3's blocks: windows in some layers, two rotary bases, norms on q and k; with an awake adapter."""
+    folder = tmp_path_factory.mktemp("windowed")
+    build("gemma3 ropes", folder)
+    model, _ = lora.load(folder, device="cpu")
+    lora.wrap(model, r=4)
+    for p in model.parameters():
+        if p.requires_grad:
+            nn.init.normal_(p, std=0.05)
+    return model
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    st.integers(1, 12), st.integers(2, 40), st.integers(0, 30), st.integers(0, 9999), st.sampled_from(["left", "right"])
+)
+def test_any_packing_agrees_with_single_rows(
+    windowed: nn.Module, n: int, longest: int, room: int, seed: int, side: str
+) -> None:
+    examples = some_examples(n, longest, seed)
+    want, gradients = loss_and_gradients(windowed, [collate([e]) for e in examples])
+    for batch in (collate(list(Packs(examples, longest + room)), side=side), collate(examples, side=side)):
+        got, found = loss_and_gradients(windowed, [batch])
+        assert got == pytest.approx(want, abs=1e-5)
+        for key, g in found.items():
+            assert (g - gradients[key]).abs().max() < 1e-5 * max(1.0, float(gradients[key].abs().max())), key
+
+
 def test_a_packed_row_may_be_longer_than_the_model_and_a_document_not(tmp_path: Path) -> None:
     build("gpt2", tmp_path)
     model, _ = lora.load(tmp_path, device="cpu")
