@@ -11,6 +11,7 @@ from test_train_loop import adapter_tensors, fresh, quiet, rows
 from torch import nn
 
 import lora
+from lora.__main__ import main
 from lora.models.tokenizer import Tokenizer
 from lora.render import render
 from lora.train.data import prepare
@@ -98,6 +99,22 @@ def test_a_run_takes_rows_of_every_kind_and_reports_on_those_that_fit(stories: P
     run = lora.fit(model, tokenizer, text, text, config.replace(out=str(tmp_path / "run")))
     assert run.steps == 2 and (tmp_path / "run/report.html").is_file()
     assert any("eval_loss" in h for h in run.history)
+
+
+def test_the_command_packs_and_keeps_its_settings(
+    stories: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "qa.json"
+    file.write_text(json.dumps([{"q": r["prompt"], "a": r["completion"]} for r in rows(20)]))
+    words = ["train", "--model", str(stories), "--data", str(file), "--out", str(tmp_path / "run"), "--device", "cpu"]
+    words += ["--method", "lora", "--max_steps", "2", "--batch", "2", "--pack", "true", "--max_length", "40"]
+    words += ["--overlong", "split", "--learn", "last", "--columns.prompt", "q", "--columns.completion", "a"]
+    assert main(words) == 0
+    captured = capsys.readouterr()
+    assert "20 rows of prompt and completion (prompt from 'q', completion from 'a')" in captured.err
+    assert "split: 0 left out" in captured.err and "rows of 40, " in captured.err
+    kept = (tmp_path / "run/config.yaml").read_text()
+    assert "pack: true" in kept and "overlong: split" in kept and "learn: last" in kept and "prompt: q" in kept
 
 
 REFUSED: dict[str, tuple[list[dict[str, Any]], dict[str, Any], str]] = {
