@@ -21,7 +21,7 @@ def token_nll(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     Takes our models, and any that maps input_ids and attention_mask to something with logits (transformers').
     """
     if isinstance(model, CausalLM):
-        h = model.hidden(batch.ids)
+        h = model.hidden(batch.ids, positions=batch.positions, documents=batch.documents)
         h = h.reshape(-1, h.shape[-1]).index_select(0, batch.at)  # (n, d)
         head = model.lm_head
         if type(head) is nn.Linear and not head.weight.requires_grad and model.softcap is None:
@@ -29,6 +29,8 @@ def token_nll(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         logits = model.logits(h).float()
     else:
         refuse_encoder(model, "a token's likelihood")
+        if batch.documents is not None:
+            raise ValueError(f"a packed batch needs a model of lora.load's, and {type(model).__name__} is none; pad it")
         logits = model(input_ids=batch.ids, attention_mask=batch.real.long()).logits
         logits = logits.reshape(-1, logits.shape[-1]).index_select(0, batch.at).float()
     nll = nn.functional.cross_entropy(logits, batch.target, reduction="none")

@@ -19,7 +19,10 @@ from lora.eval.evaluate import METRICS
 from lora.export import TARGETS
 from lora.files import refuse_filled, write_text
 from lora.quant.rounding import ROUNDINGS
+from lora.render import LEARN
 from lora.requantize import LEAST
+from lora.rows import read_rows
+from lora.sources import SUFFIXES
 from lora.train.config import TrainConfig
 
 PROBE = "The capital of France is Paris, and 12 + 30 = 42."
@@ -81,8 +84,8 @@ def _train_arguments() -> ArgumentParser:
     p = ArgumentParser(description="Tune a model on rows of text.")
     p.add_argument("--config", action="config", help="a YAML file with any of these settings")
     _model_flags(p, quantize=False)
-    p.add_argument("--data", type=str, required=True, help=".jsonl of prompt and completion, or messages")
-    p.add_argument("--valid", type=str | None, default=None, help=".jsonl to evaluate on")
+    p.add_argument("--data", type=str, required=True, help=f"rows: {', '.join(SUFFIXES)}")
+    p.add_argument("--valid", type=str | None, default=None, help="rows to evaluate on")
     p.add_argument("--method", choices=("qlora", "lora", "full"), default="qlora", help="what is trained, on what base")
     p.add_argument("--out", type=str, required=True, help="run directory; must not hold another run")
     p.add_class_arguments(TrainConfig, None, skip={"out"})
@@ -98,7 +101,7 @@ def _train(a: Namespace) -> None:
     refuse_filled(Path(a.out))
     for file in filter(None, (a.data, a.valid)):
         if not Path(file).is_file():
-            raise FileNotFoundError(f"{file} is not there; data is a .jsonl file, one row a line")
+            raise FileNotFoundError(f"{file} is not there; data is a file of rows: {', '.join(SUFFIXES)}")
     model, tokenizer = lora.load(a.model, quantize="nf4" if a.method == "qlora" else None, **_dtype_device(a))
     if a.method == "full":
         model.requires_grad_(True)
@@ -119,12 +122,55 @@ def _train(a: Namespace) -> None:
         print(f"adapter, log and report: {a.out}")
 
 
+# ---- data ----
+def _data_arguments() -> ArgumentParser:
+    p = ArgumentParser(description="Rows as the model will see them: what is learned marked, every mask proved.")
+    p.add_argument("action", choices=("show",), help="show: check all rows, and show some")
+    p.add_argument("file", type=str, help=f"rows to look at: {', '.join(SUFFIXES)}")
+    p.add_argument("--model", type=str, required=True, help="model folder or .gguf file; its tokenizer is used")
+    p.add_argument("--rows", type=int, default=3, help="how many to show; all are checked")
+    p.add_argument("--start", type=int, default=0, help="the first to show")
+    p.add_argument("--learn", choices=LEARN, default="assistant", help="which tokens are learned")
+    p.add_argument("--max_length", type=int | None, default=None, help="longest row in tokens; the model's own")
+    p.add_argument("--columns", type=dict[str, str] | None, default=None, help="what the data calls its parts")
+    p.add_argument("--html", type=str | None, default=None, help="write a page instead")
+    _json_flag(p)
+    return p
+
+
+def _data(a: Namespace) -> None:
+    from rich.console import Console
+
+    from lora.models.load import load_tokenizer
+    from lora.train.show import as_json, as_text, heading, look, write_page
+
+    tokenizer, limit = load_tokenizer(a.model)
+    limit = a.max_length or limit or 2**31
+    found = look(a.file, tokenizer, limit, learn=a.learn, columns=a.columns, start=a.start, count=a.rows)
+    if a.html:
+        write_page(a.html, f"{a.file} for {a.model}", str(found), found.shown, tokenizer)
+    if a.json:
+        head = {"file": a.file, "kind": found.rows.kind, "lengths": found.report.to_json(), "problems": found.problems}
+        print(
+            json.dumps(head | {"rows": [as_json(where, e, tokenizer) for where, e in found.shown]}, ensure_ascii=False)
+        )
+    else:
+        console = Console(highlight=False, soft_wrap=True)
+        for where, e in [] if a.html else found.shown:
+            console.print(heading(where, e), style="bold")
+            console.print(as_text(e, tokenizer, marks=not console.is_terminal), end="\n\n")
+        print(f"{found}{f'{chr(10)}page: {a.html}' if a.html else ''}")
+    if found.problems:
+        raise ValueError(f"{len(found.problems)} of {len(found.rows)} rows cannot be trained on; {found.problems[0]}")
+
+
 # ---- eval ----
 def _eval_arguments() -> ArgumentParser:
     p = ArgumentParser(description="Measure a model on rows; with an adapter, the base against the tuned, paired.")
     _model_flags(p)
     p.add_argument("--adapter", type=str | None, default=None, help="adapter folder; compared with the base")
-    p.add_argument("--data", type=str, required=True, help=".jsonl of prompt and completion, or messages")
+    p.add_argument("--data", type=str, required=True, help=f"rows: {', '.join(SUFFIXES)}")
+    p.add_argument("--columns", type=dict[str, str] | None, default=None, help="what the data calls its parts")
     p.add_argument("--metrics", type=str, default="perplexity,exact_match", help=f"some of {', '.join(METRICS)}")
     p.add_argument("--max_new_tokens", type=int, default=64, help="longest answer")
     p.add_argument("--batch", type=int, default=16, help="rows that run together")
@@ -141,11 +187,12 @@ def _eval(a: Namespace) -> None:
         raise ValueError(f"--out {a.out}: a report ends in .html or .json")
     model, tokenizer = lora.load(a.model, quantize=a.quantize, **_dtype_device(a))
     options = {"metrics": metrics, "max_new_tokens": a.max_new_tokens, "batch": a.batch}
-    reports = [lora.evaluate(model, tokenizer, a.data, **options)]
+    data = read_rows(a.data, a.columns)
+    reports = [lora.evaluate(model, tokenizer, data, **options)]
     comparison = None
     if a.adapter:
         lora.attach(model, a.adapter)
-        reports.append(lora.evaluate(model, tokenizer, a.data, **options))
+        reports.append(lora.evaluate(model, tokenizer, data, **options))
         comparison = lora.compare(*reports)
     if a.out and a.out.endswith(".json"):
         reports[-1].save(a.out)
@@ -288,6 +335,7 @@ def _dtype_device(a: Namespace) -> dict[str, Any]:
 _COMMANDS: dict[str, tuple[Callable[[], ArgumentParser], Callable[[Namespace], None]]] = {
     "demo": (_demo_arguments, _demo),
     "train": (_train_arguments, _train),
+    "data": (_data_arguments, _data),
     "eval": (_eval_arguments, _eval),
     "generate": (_generate_arguments, _generate),
     "quantize": (_quantize_arguments, _quantize),

@@ -2,7 +2,8 @@
 
 Prompt and completion: the ids of the prompt exactly as generation will see them, then the completion and one
 end-of-text token; the last two are learned.  Where the prompt's last token would merge with the completion's
-first in one piece of text, the two are encoded apart, as they will be at inference.
+first in one piece of text, the two are encoded apart, as they will be at inference.  Plain text: all of it and one
+end-of-text token.
 
 Chats: the whole chat is rendered by the model's own template, with the row's tools and documents.  Where the template
 marks what the assistant says by {% generation %} blocks, those are the turns.  Otherwise a turn's text is what the
@@ -11,51 +12,18 @@ assistant turn is learned up to and with its first stop token; padding and what 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor
-
+from lora.batch import Batch as Batch
+from lora.batch import Example as Example
+from lora.batch import collate as collate
+from lora.lengths import OVERLONG, LengthReport, shorten
 from lora.models.tokenizer import Tokenizer
-from lora.rows import Row, given_in
+from lora.proof import prove
+from lora.rows import Row, given_in, where_of
+from lora.tokens import Examples
 
-
-@dataclass(frozen=True)
-class Example:
-    """One row as token ids, and which of them are learned; `row` is its place in the data."""
-
-    ids: tuple[int, ...]
-    learned: tuple[bool, ...]
-    row: int
-
-    @property
-    def n_learned(self) -> int:
-        return sum(self.learned)
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Rows of one length, padded on the right.
-
-    ids (B, T) int64; `real` (B, T) bool marks tokens that are not padding; `at` (n,) int64 are places in the
-    flattened (B*T) whose next token is learned, `target` (n,) those tokens, `owner` (n,) their row in the batch.
-    """
-
-    ids: Tensor
-    real: Tensor
-    at: Tensor
-    target: Tensor
-    owner: Tensor
-    rows: tuple[int, ...]
-
-    @property
-    def n_tokens(self) -> int:
-        return int(self.real.sum())
-
-    def to(self, device: torch.device) -> "Batch":
-        ids, real, at, target, owner = (t.to(device) for t in (self.ids, self.real, self.at, self.target, self.owner))
-        return Batch(ids, real, at, target, owner, self.rows)
+LEARN = ("assistant", "last", "all")
 
 
 def length_limit(model: Any, asked: int | None = None) -> int:
@@ -67,30 +35,73 @@ def length_limit(model: Any, asked: int | None = None) -> int:
     return 2**31
 
 
-def render(rows: Sequence[Row], tokenizer: Tokenizer, max_length: int) -> list[Example]:
-    """Every row as an Example.
+def render(
+    rows: Sequence[Row],
+    tokenizer: Tokenizer,
+    max_length: int,
+    *,
+    learn: str = "assistant",
+    overlong: str = "error",
+    proof: bool = False,
+    report: LengthReport | None = None,
+) -> Examples:
+    """Every row as an Example, or what `overlong` makes of one longer than `max_length` tokens (`lora.lengths`).
 
-    Raises ValueError naming the row when it is longer than `max_length` tokens (its learned tokens would be cut
-    away: shorten it, leave it out or raise the limit), when nothing in it would be learned, or when the chat template
-    refuses it.
+    `learn`: "assistant", the completion or every answer; "last", the last answer of a chat; "all", every token.
+    `proof` reads each mask back as text (`lora.proof`).  `report` is filled in, if one is given.
+
+    Raises ValueError naming the row when it is too long, when nothing in it would be learned, when the chat template
+    refuses it, or when the proof fails.
     """
-    examples = []
+    if learn not in LEARN:
+        raise ValueError(f"learn={learn!r}: one of {', '.join(LEARN)}")
+    if overlong not in OVERLONG:
+        raise ValueError(f"overlong={overlong!r}: one of {', '.join(OVERLONG)}")
+    examples = Examples()
+    report = LengthReport(max_length, overlong) if report is None else report
     for i, row in enumerate(rows):
+        where = where_of(rows, i)
         try:
-            ids, learned = _chat(row, tokenizer) if "messages" in row else _pair(row, tokenizer)
-        except ValueError as e:
-            raise ValueError(f"row {i}: {e}") from None
-        learned[0] = False  # nothing stands before the first token, so nothing predicts it
-        if not any(learned):
-            raise ValueError(f"row {i}: none of its {len(ids)} tokens would be learned")
-        if len(ids) > max_length:
-            cut = sum(learned[max_length:])
-            raise ValueError(
-                f"row {i} has {len(ids)} tokens and the limit is {max_length}; cutting it would lose {cut} of its "
-                f"{sum(learned)} learned tokens: shorten the row, leave it out, or raise max_length"
-            )
-        examples.append(Example(tuple(ids), tuple(learned), i))
-    return examples
+            e = render_row(row, tokenizer, i, learn)
+            if proof:
+                prove(row, e, tokenizer, learn)
+            if report.add(where, e):
+                examples.append(e)
+            elif overlong != "error":
+                kept = shorten(e, max_length, overlong, tokenizer.bos)
+                report.cut(e, kept)
+                for part in kept:
+                    examples.append(part)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
+    report.check()
+    if not len(examples):
+        raise ValueError(f"none of {len(rows)} rows is left: all are longer than {max_length} tokens ({overlong})")
+    return examples.freeze()
+
+
+def render_row(row: Row, tokenizer: Tokenizer, i: int = 0, learn: str = "assistant") -> Example:
+    """One row, whole, as an Example.
+
+    Raises ValueError when nothing in it would be learned, or the chat template refuses it.
+    """
+    if "messages" in row:
+        ids, learned = _chat(row, tokenizer, learn)
+    else:
+        ids, learned = _pair(row, tokenizer) if "prompt" in row else _text(row, tokenizer)
+    if learn == "all":
+        learned = [True] * len(ids)
+    learned[0] = False  # nothing stands before the first token, so nothing predicts it
+    if not any(learned):
+        raise ValueError(f"none of its {len(ids)} tokens would be learned")
+    return Example(tuple(ids), tuple(learned), i)
+
+
+def _text(row: Row, tokenizer: Tokenizer) -> tuple[list[int], list[bool]]:
+    ids = tokenizer.encode(row["text"])
+    if tokenizer.eos is not None and ids[-1:] != [tokenizer.eos]:
+        ids.append(tokenizer.eos)
+    return ids, [True] * len(ids)
 
 
 def _pair(row: Row, tokenizer: Tokenizer) -> tuple[list[int], list[bool]]:
@@ -103,7 +114,7 @@ def _pair(row: Row, tokenizer: Tokenizer) -> tuple[list[int], list[bool]]:
     return whole, [i >= len(prompt) for i in range(len(whole))]
 
 
-def _chat(row: Row, tokenizer: Tokenizer) -> tuple[list[int], list[bool]]:
+def _chat(row: Row, tokenizer: Tokenizer, learn: str) -> tuple[list[int], list[bool]]:
     text, spans = tokenizer.render_generated(row["messages"], **given_in(row))
     if spans is None:
         spans = _turns(row, text, tokenizer)
@@ -111,12 +122,13 @@ def _chat(row: Row, tokenizer: Tokenizer) -> tuple[list[int], list[bool]]:
     ids: list[int] = []
     learned: list[bool] = []
     done = 0
-    for start, end in spans:
+    for turn, (start, end) in enumerate(spans, start=1):
         asked = tokenizer.encode_on(text[done:start]) if done else tokenizer.encode(text[:start], special=False)
         said = tokenizer.encode_on(text[start:end])
         stop = next((k for k, t in enumerate(said) if t in tokenizer.stop), len(said) - 1)
         ids += asked + said
-        learned += [False] * len(asked) + [k <= stop for k in range(len(said))]
+        taught = learn != "last" or turn == len(spans)
+        learned += [False] * len(asked) + [taught and k <= stop for k in range(len(said))]
         done = end
     rest = tokenizer.encode_on(text[done:])
     return ids + rest, learned + [False] * len(rest)
@@ -146,17 +158,3 @@ def _turns(row: Row, text: str, tokenizer: Tokenizer) -> list[tuple[int, int]]:
             )
         spans.append((len(before), len(after)))
     return spans
-
-
-def collate(examples: Sequence[Example], pad: int = 0) -> Batch:
-    """One batch of these examples, in their order."""
-    T = max(len(e.ids) for e in examples)
-    ids = torch.full((len(examples), T), pad, dtype=torch.int64)
-    real = torch.zeros(len(examples), T, dtype=torch.bool)
-    learned = torch.zeros(len(examples), T, dtype=torch.bool)
-    for b, e in enumerate(examples):
-        ids[b, : len(e.ids)] = torch.tensor(e.ids)
-        real[b, : len(e.ids)] = True
-        learned[b, : len(e.ids)] = torch.tensor(e.learned)
-    flat = learned.view(-1).nonzero()[:, 0]  # (n,)
-    return Batch(ids, real, flat - 1, ids.view(-1)[flat], flat // T, tuple(e.row for e in examples))

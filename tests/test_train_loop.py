@@ -248,8 +248,9 @@ GOOD = '{"prompt": "a", "completion": " b"}'
         ((), "holds no rows"),
         ((GOOD, "", '{"prompt": "a"'), "line 3 is not valid JSON"),
         ((GOOD, '{"prompt": "a"}'), "line 2 has no 'completion'"),
-        ((GOOD, json.dumps({"prompt": "a", "completion": " cat" * 600})), "row 1 has .* limit is 512"),
-        ((GOOD, '{"messages": [{"role": "assistant", "content": "a"}]}'), "no chat template"),
+        ((GOOD, json.dumps({"prompt": "a", "completion": " cat" * 600})), "line 2 has .* limit is 512"),
+        (('{"messages": [{"role": "assistant", "content": "a"}]}',), "line 1: .* no chat template"),
+        ((GOOD, '{"messages": [{"role": "assistant", "content": "a"}]}'), "line 2 is a row of messages, and .* line 1"),
     ],
 )
 @pytest.mark.parametrize("which", ["train", "valid"])

@@ -4,21 +4,27 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from lora.render import Example
+from lora.batch import Example, Pack
+from lora.tokens import lengths_of
 
 _WINDOW = 32  # batches sorted by length together: wide enough to pad little, narrow enough to stay random
 
 
-def epoch_batches(examples: Sequence[Example], batch: int, seed: int, epoch: int) -> list[list[Example]]:
-    """All examples once, in batches of at most `batch`, each of rows of like length, in random order."""
+def epoch_order(lengths: Sequence[int], batch: int, seed: int, epoch: int) -> list[list[int]]:
+    """All rows once, by their places, in batches of at most `batch`, each of rows of like length, in random order."""
     draw = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-    order = torch.randperm(len(examples), generator=draw).tolist()
+    order = torch.randperm(len(lengths), generator=draw).tolist()
     batches = []
     for start in range(0, len(order), batch * _WINDOW):
-        window = sorted(order[start : start + batch * _WINDOW], key=lambda i: len(examples[i].ids))
+        window = sorted(order[start : start + batch * _WINDOW], key=lambda i: lengths[i])
         batches += [window[i : i + batch] for i in range(0, len(window), batch)]
     mixed = torch.randperm(len(batches), generator=draw).tolist()
-    return [[examples[i] for i in batches[k]] for k in mixed]
+    return [batches[k] for k in mixed]
+
+
+def epoch_batches(examples: Sequence[Example | Pack], batch: int, seed: int, epoch: int) -> list[list[Example | Pack]]:
+    """`epoch_order`, and the examples (or packs) themselves."""
+    return [[examples[i] for i in part] for part in epoch_order(lengths_of(examples), batch, seed, epoch)]
 
 
 def steps_per_epoch(n: int, batch: int, accumulate: int) -> int:
@@ -29,12 +35,12 @@ def steps_per_epoch(n: int, batch: int, accumulate: int) -> int:
 
 
 def endless(
-    examples: Sequence[Example], batch: int, accumulate: int, seed: int
-) -> Iterator[tuple[int, list[list[Example]]]]:
-    """(epoch, batches of one optimizer step), epoch after epoch."""
-    epoch = 0
+    examples: Sequence[Example | Pack], batch: int, accumulate: int, seed: int
+) -> Iterator[tuple[int, list[list[Example | Pack]]]]:
+    """(epoch, batches of one optimizer step), epoch after epoch; an example is made when its step comes."""
+    epoch, lengths = 0, lengths_of(examples)
     while True:
-        batches = epoch_batches(examples, batch, seed, epoch)
+        batches = epoch_order(lengths, batch, seed, epoch)
         for start in range(0, len(batches), accumulate):
-            yield epoch, batches[start : start + accumulate]
+            yield epoch, [[examples[i] for i in part] for part in batches[start : start + accumulate]]
         epoch += 1

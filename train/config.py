@@ -5,6 +5,9 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from lora.lengths import OVERLONG
+from lora.render import LEARN
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
@@ -32,6 +35,11 @@ class TrainConfig:
         seed: of the order of the rows and of dropout
         out: run directory; None writes nothing
         progress: show a progress bar, or a line a log entry where there is no terminal
+        pack: put several texts into each row of max_length tokens, without their seeing each other; `batch` then
+            counts such rows
+        overlong: what becomes of rows longer than max_length: error, drop, cut_prompt_left, cut_right or split
+        learn: "assistant" learns every answer, "last" a chat's last one, "all" every token
+        columns: what the data calls the parts of a row, as {"prompt": "question", "completion": "answer"}
     """
 
     epochs: float = 1.0
@@ -52,6 +60,11 @@ class TrainConfig:
     seed: int = 42
     out: str | None = None
     progress: bool = True
+    # data
+    pack: bool = False
+    overlong: str = "error"
+    learn: str = "assistant"
+    columns: dict[str, str] | None = None
 
     def __post_init__(self) -> None:
         for key, low in (("batch", 1), ("accumulate", 1), ("log_every", 1), ("eval_every", 0), ("seed", 0)):
@@ -76,6 +89,11 @@ class TrainConfig:
             value = getattr(self, key)
             if not math.isfinite(value) or value < 0:
                 raise ValueError(f"{key}={value!r}: a finite number, at least 0")
+        for key, known in (("overlong", OVERLONG), ("learn", LEARN)):
+            if getattr(self, key) not in known:
+                raise ValueError(f"{key}={getattr(self, key)!r}: one of {', '.join(known)}")
+        if self.pack and self.max_length is None:
+            raise ValueError("pack=True needs max_length, the tokens of a packed row")
 
     def replace(self, **changes: Any) -> "TrainConfig":
         return dataclasses.replace(self, **changes)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lora.batch import Pack
 from lora.eval.compare import compare
 from lora.eval.evaluate import evaluate
 from lora.eval.nll import row_nll, token_nll
@@ -26,11 +27,12 @@ from lora.layer import adapted
 from lora.models.base import Model, refuse_encoder
 from lora.models.save import save_pretrained
 from lora.models.tokenizer import Tokenizer
-from lora.render import Example, collate, length_limit, render
-from lora.rows import Data, read_rows
+from lora.render import Example, collate
+from lora.rows import Data
 from lora.store import save
 from lora.train.batches import endless, steps_per_epoch
 from lora.train.config import TrainConfig
+from lora.train.data import prepare
 from lora.train.log import Log, peak_bytes
 from lora.train.optim import AdamW, learning_rate
 from lora.wrap import adapter_names, disabled, is_merged
@@ -63,8 +65,8 @@ def fit(
     """Trains what requires a gradient, in place; under `config.out` writes log.jsonl, config.yaml, report.html, and
     adapter/, or model/ after full fine-tuning.
 
-    `train` and `valid` are a .jsonl file or a list of rows (`lora.rows`).  Everything that can be checked is checked
-    before the first step and before a file is written.
+    `train` and `valid` are a file of rows or a list of them (`lora.rows`, `lora.sources`).  Everything that can be
+    checked is checked before the first step and before a file is written.
 
     Raises TypeError for an encoder; ValueError when nothing is trainable, a row cannot be used, or the data is empty;
     FileExistsError when `config.out` holds another run; RuntimeError on a merged model, or when a loss or gradient is
@@ -80,9 +82,9 @@ def fit(
             "nothing to train: no parameter requires a gradient; call lora.wrap(model) for an adapter, "
             "lora.attach(..., trainable=True) to go on with one, or model.requires_grad_(True) for full fine-tuning"
         )
-    limit = length_limit(model, config.max_length)
-    examples = render(read_rows(train), tokenizer, limit)
-    held_out = render(read_rows(valid), tokenizer, limit) if valid is not None else []
+    examples = prepare(train, model, tokenizer, config).units
+    held = prepare(valid, model, tokenizer, config, held_out=True) if valid is not None else None
+    held_out = held.examples if held else []
     per_epoch = steps_per_epoch(len(examples), config.batch, config.accumulate)
     steps = config.max_steps or max(1, math.ceil(config.epochs * per_epoch))
     out = Path(config.out) if config.out else None
@@ -107,14 +109,14 @@ def fit(
     elif out and isinstance(model, Model):
         save_pretrained(model, tokenizer, out / "model", dtype=trainable[0].dtype)
     if out:
-        _report(out, model, tokenizer, valid if held_out and adapter else None, log.history, config)
+        _report(out, model, tokenizer, held.whole_rows() if held and adapter else None, log.history, config)
     device = trainable[0].device
     return Run(tuple(log.history), steps, seconds, tokens, peak_bytes(device), adapter)
 
 
 def _steps(
     model: nn.Module,
-    examples: Sequence[Example],
+    examples: Sequence[Example | Pack],
     held_out: Sequence[Example],
     steps: int,
     per_epoch: int,
@@ -205,7 +207,7 @@ def _report(
 ) -> None:
     """report.html: the loss curve, and on validation rows the base against the tuned."""
     comparison = None
-    if valid is not None:
+    if valid:
         metrics = ("nll", "perplexity")
         with disabled(model):
             base = evaluate(model, tokenizer, valid, metrics, batch=config.batch)

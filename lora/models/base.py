@@ -11,6 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from lora.kernels.documents import document_attention
+from lora.models.documents import Documents
+
+Mask = Tensor | Documents | None  # which key a query sees: of causal_mask, or added to the scores; or by document
+
 # In the order of preference: cuDNN's is 1.7 times as fast as flash attention on an H100
 BACKENDS = [
     SDPBackend.CUDNN_ATTENTION,
@@ -84,14 +89,16 @@ class CausalLM(Model):
         padding: Tensor | None = None,
         positions: Tensor | None = None,
         cache: "Cache | None" = None,
+        documents: Documents | None = None,
     ) -> Tensor:
         """The states (B, T, d) that the head reads.
 
         ids (B, T) int64.  `padding` (B, S) bool marks real tokens, S counting those in the cache; it is needed only
         when padding stands before real tokens, since attention never looks ahead.  `positions` (B, T) defaults to
-        counting from the cache's end.
+        counting from the cache's end.  `documents` marks rows packed of several texts, which see nothing of each other
+        and count their positions from 0; neither padding nor a cache goes with it.
 
-        Raises ValueError where the row is longer than the model was built for.
+        Raises ValueError where a row, or a document of it, is longer than the model was built for.
         """
         raise NotImplementedError
 
@@ -106,8 +113,9 @@ class CausalLM(Model):
         padding: Tensor | None = None,
         positions: Tensor | None = None,
         cache: "Cache | None" = None,
+        documents: Documents | None = None,
     ) -> Tensor:
-        return self.logits(self.hidden(ids, padding, positions, cache))
+        return self.logits(self.hidden(ids, padding, positions, cache, documents))
 
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head
@@ -133,9 +141,25 @@ class CausalLM(Model):
         assert isinstance(weight, Tensor)
         return weight.device, weight.dtype
 
-    def where(self, ids: Tensor, positions: Tensor | None, cache: "Cache | None") -> tuple[int, Tensor]:
+    def where(
+        self, ids: Tensor, positions: Tensor | None, cache: "Cache | None", documents: Documents | None = None
+    ) -> tuple[int, Tensor]:
         """Tokens in the cache already, and the positions (B or 1, T) of `ids`; refuses a row that is too long."""
         used, T = cache.used if cache is not None else 0, ids.shape[1]
+        if documents is not None:
+            if cache is not None:
+                raise ValueError("packed documents and a cache were asked for together; a cache holds one text a row")
+            if (len(documents.lengths), sum(documents.lengths[0])) != ids.shape:
+                raise ValueError(
+                    f"documents of {len(documents.lengths)} rows of {sum(documents.lengths[0])} tokens were given with "
+                    f"ids of shape {tuple(ids.shape)}; they must be the same"
+                )
+            limit = min(self.config.max_length, self.restart() or self.config.max_length)
+            if documents.longest > limit:
+                raise ValueError(
+                    f"{documents.longest} tokens in a packed document, and packed this model takes {limit}"
+                )
+            return 0, documents.positions(ids.device) if positions is None else positions
         if used + T > self.config.max_length:
             raise ValueError(f"{used + T} tokens in a row, and this model was built for {self.config.max_length}")
         if positions is None:
@@ -187,11 +211,27 @@ def causal_mask(
     return mask
 
 
+def seen(
+    T: int,
+    used: int,
+    padding: Tensor | None,
+    documents: Documents | None,
+    device: torch.device,
+    window: int | None = None,
+) -> Mask:
+    """What attention is told of who sees whom: by document where rows are packed, else `causal_mask`."""
+    if documents is None:
+        return causal_mask(T, used, padding, device, window)
+    if padding is not None:
+        raise ValueError("packed documents and a padding mask were given together; padding is a document of its own")
+    return documents.within(window)
+
+
 def attention(
     q: Tensor,  # (B, H, T, D)
     k: Tensor,  # (B, H_kv, S, D)
     v: Tensor,
-    mask: Tensor | None,  # of causal_mask, or float to be added to the scores
+    mask: Mask,
     *,
     scale: float | None = None,
     softcap: float | None = None,
@@ -209,6 +249,8 @@ def attention(
     if groups > 1:
         k = k.repeat_interleave(groups, dim=1)
         v = v.repeat_interleave(groups, dim=1)
+    if isinstance(mask, Documents):
+        return document_attention(q, k, v, mask.lengths, window=mask.window, scale=scale, softcap=softcap)
     causal = mask is None and q.shape[2] > 1
     if softcap is None:
         return nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale)

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from lora.kernels.rope import rope
-from lora.models.base import Cache, CausalLM, attention, causal_mask, ints, new_embedding
+from lora.models.base import Cache, CausalLM, Mask, attention, ints, new_embedding, seen
+from lora.models.documents import Documents
 from lora.models.llama import Rotation, inverse_frequencies, rope_settings, rotation
 
 _OLD = {
@@ -154,7 +155,7 @@ class Attention(nn.Module):
         self.query_key_value = nn.Linear(c.hidden_size, rows, bias=c.bias)
         self.dense = nn.Linear(c.hidden_size, c.hidden_size, bias=c.bias)
 
-    def forward(self, x: Tensor, turn: Rotation | None, mask: Tensor | None, cache: Cache | None, layer: int) -> Tensor:
+    def forward(self, x: Tensor, turn: Rotation | None, mask: Mask, cache: Cache | None, layer: int) -> Tensor:
         B, T, d = x.shape
         # all three orders are: for each key head, its queries, k, v
         fused = self.query_key_value(x).view(B, T, self.kv_heads, self.heads // self.kv_heads + 2, self.head_dim)
@@ -194,7 +195,7 @@ class Block(nn.Module):
         self.self_attention = Attention(c)
         self.mlp = MLP(c)
 
-    def forward(self, x: Tensor, turn: Rotation | None, mask: Tensor | None, cache: Cache | None, layer: int) -> Tensor:
+    def forward(self, x: Tensor, turn: Rotation | None, mask: Mask, cache: Cache | None, layer: int) -> Tensor:
         n = self.ln_attn(x) if self.norms == 2 else self.input_layernorm(x)
         y = self.self_attention(n, turn, mask, cache, layer)
         if not self.parallel:
@@ -232,13 +233,18 @@ class Falcon(CausalLM):
         return self.transformer.ln_f
 
     def hidden(
-        self, ids: Tensor, padding: Tensor | None = None, positions: Tensor | None = None, cache: Cache | None = None
+        self,
+        ids: Tensor,
+        padding: Tensor | None = None,
+        positions: Tensor | None = None,
+        cache: Cache | None = None,
+        documents: Documents | None = None,
     ) -> Tensor:
         c = self.config
-        used, positions = self.where(ids, positions, cache)
+        used, positions = self.where(ids, positions, cache, documents)
         x = self.transformer.word_embeddings(ids)
         T = ids.shape[1]
-        mask, turn = causal_mask(T, used, padding, ids.device), None
+        mask, turn = seen(T, used, padding, documents, ids.device), None
         if c.alibi:
             mask = self.alibi(T, used, padding, mask, x)
         else:
@@ -249,10 +255,13 @@ class Falcon(CausalLM):
             cache.used += T
         return self.transformer.ln_f(x)
 
-    def alibi(self, T: int, used: int, padding: Tensor | None, mask: Tensor | None, x: Tensor) -> Tensor:
+    def alibi(self, T: int, used: int, padding: Tensor | None, mask: Mask, x: Tensor) -> Tensor:
         """What is added to the scaled scores, (B or 1, H, T, S) in the dtype of x: -inf where a key is hidden."""
         key = torch.arange(used + T, device=x.device)
         position = key[None] if padding is None else (padding.cumsum(dim=1) - 1) * padding  # (B or 1, S)
+        if isinstance(mask, Documents):
+            position, of = mask.positions(x.device), mask.numbers(x.device)  # (B, T)
+            mask = (of[:, None, :, None] == of[:, None, None]) & (key <= key[:, None])  # (B, 1, T, T)
         bias = slopes(self.config.num_heads).to(x.device)[None, :, None] * position[:, None]  # bfloat16, as trained
         bias = bias.to(x.dtype)[:, :, None] * self.config.head_dim**-0.5
         if mask is None:

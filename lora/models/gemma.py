@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lora.kernels.rope import rope
 from lora.layer import together
-from lora.models.base import Cache, attention, ints
+from lora.models.base import Cache, Mask, attention, ints
 from lora.models.llama import (
     Llama,
     LlamaConfig,
@@ -152,7 +152,7 @@ class GemmaAttention(nn.Module):
         self.q_norm = GemmaNorm(c.head_dim, c.eps) if c.qk_norm else nn.Identity()
         self.k_norm = GemmaNorm(c.head_dim, c.eps) if c.qk_norm else nn.Identity()
 
-    def forward(self, x: Tensor, turn: Rotation, mask: Tensor | None, cache: Cache | None, layer: int) -> Tensor:
+    def forward(self, x: Tensor, turn: Rotation, mask: Mask, cache: Cache | None, layer: int) -> Tensor:
         B, T, _ = x.shape
         q, k, v = (t.view(B, T, -1, self.head_dim) for t in together(x, self.q_proj, self.k_proj, self.v_proj))
         q, k = rope(self.q_norm(q), *turn).transpose(1, 2), rope(self.k_norm(k), *turn).transpose(1, 2)
@@ -185,7 +185,7 @@ class GemmaBlock(nn.Module):
         self.mlp = GemmaMLP(c)
         self.post_feedforward_layernorm = GemmaNorm(c.hidden_size, c.eps)
 
-    def forward(self, x: Tensor, turn: Rotation, mask: Tensor | None, cache: Cache | None, layer: int) -> Tensor:
+    def forward(self, x: Tensor, turn: Rotation, mask: Mask, cache: Cache | None, layer: int) -> Tensor:
         more = self.self_attn(self.input_layernorm(x), turn, mask, cache, layer)
         x = x + self.post_attention_layernorm(more)
         return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))

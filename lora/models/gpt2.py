@@ -24,7 +24,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from lora.models.base import Cache, CausalLM, attention, causal_mask, ints, new_embedding
+from lora.models.base import Cache, CausalLM, Mask, attention, ints, new_embedding, seen
+from lora.models.documents import Documents
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_new": partial(nn.functional.gelu, approximate="tanh"),
@@ -157,7 +158,7 @@ class Attention(nn.Module):
         self.c_attn = nn.Linear(c.hidden_size, 3 * c.hidden_size)
         self.c_proj = nn.Linear(c.hidden_size, c.hidden_size)
 
-    def forward(self, x: Tensor, mask: Tensor | None, cache: Cache | None, layer: int) -> Tensor:
+    def forward(self, x: Tensor, mask: Mask, cache: Cache | None, layer: int) -> Tensor:
         B, T, d = x.shape
         q, k, v = (t.view(B, T, -1, self.head_dim).transpose(1, 2) for t in self.c_attn(x).split(d, dim=-1))
         if cache is not None:
@@ -185,7 +186,7 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(c.hidden_size, c.eps)
         self.mlp = MLP(c)
 
-    def forward(self, x: Tensor, mask: Tensor | None, cache: Cache | None, layer: int) -> Tensor:
+    def forward(self, x: Tensor, mask: Mask, cache: Cache | None, layer: int) -> Tensor:
         x = x + self.attn(self.ln_1(x), mask, cache, layer)
         return x + self.mlp(self.ln_2(x))
 
@@ -230,11 +231,16 @@ class GPT2(CausalLM):
         return self.transformer.ln_f
 
     def hidden(
-        self, ids: Tensor, padding: Tensor | None = None, positions: Tensor | None = None, cache: Cache | None = None
+        self,
+        ids: Tensor,
+        padding: Tensor | None = None,
+        positions: Tensor | None = None,
+        cache: Cache | None = None,
+        documents: Documents | None = None,
     ) -> Tensor:
-        used, positions = self.where(ids, positions, cache)
+        used, positions = self.where(ids, positions, cache, documents)
         x = self.transformer.wte(ids) + self.transformer.wpe(positions)
-        mask = causal_mask(ids.shape[1], used, padding, ids.device)
+        mask = seen(ids.shape[1], used, padding, documents, ids.device)
         for i, block in enumerate(self.transformer.h):
             x = block(x, mask, cache, i)
         if cache is not None:

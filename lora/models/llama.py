@@ -23,8 +23,9 @@ from lora.kernels.rope import rope
 from lora.kernels.swiglu import swiglu
 from lora.layer import is_hooked, together
 from lora.models import fused
-from lora.models.base import Cache, CausalLM, attention, causal_mask, ints, new_embedding
+from lora.models.base import Cache, CausalLM, Mask, attention, ints, new_embedding, seen
 from lora.models.budget import Widths, free_bytes, keep_on_gpu
+from lora.models.documents import Documents
 from lora.models.host import Host
 
 FUSED = {"cuda"}  # devices on which training takes fused.py's blocks; on a CPU autograd's own path is as good
@@ -219,7 +220,7 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(c.head_dim, c.eps) if c.qk_norm else None
         self.k_norm = RMSNorm(c.head_dim, c.eps) if c.qk_norm else None
 
-    def forward(self, x: Tensor, turn: Rotation, mask: Tensor | None, cache: Cache | None, layer: int) -> Tensor:
+    def forward(self, x: Tensor, turn: Rotation, mask: Mask, cache: Cache | None, layer: int) -> Tensor:
         B, T, _ = x.shape
         q, k, v = together(x, self.q_proj, self.k_proj, self.v_proj)
         q, k, v = (t.view(B, T, -1, self.head_dim) for t in (q, k, v))
@@ -251,7 +252,7 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.eps)
         self.mlp = MLP(c)
 
-    def forward(self, x: Tensor, turn: Rotation, mask: Tensor | None, cache: Cache | None, layer: int) -> Tensor:
+    def forward(self, x: Tensor, turn: Rotation, mask: Mask, cache: Cache | None, layer: int) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), turn, mask, cache, layer)
         return x + self.mlp(self.post_attention_layernorm(x))
 
@@ -283,7 +284,7 @@ class Llama(CausalLM):
         self.host = Host()
         self.kept: tuple[int, list[str]] = (0, [])  # tokens of the largest step so far, and what was chosen for it
 
-    def fused(self, x: Tensor, masks: Mapping[int | None, Tensor | None]) -> list[fused.Spec] | None:
+    def fused(self, x: Tensor, masks: Mapping[int | None, Mask]) -> list[fused.Spec] | None:
         """What `fused.block` needs of every block; None where one of them needs the plain path."""
         c, blocks = self.config, self.model.layers
         if c.qk_norm or self.block is not Block:
@@ -331,14 +332,19 @@ class Llama(CausalLM):
         return self.model.embed_tokens(ids)
 
     def hidden(
-        self, ids: Tensor, padding: Tensor | None = None, positions: Tensor | None = None, cache: Cache | None = None
+        self,
+        ids: Tensor,
+        padding: Tensor | None = None,
+        positions: Tensor | None = None,
+        cache: Cache | None = None,
+        documents: Documents | None = None,
     ) -> Tensor:
         c = self.config
-        used, positions = self.where(ids, positions, cache)
+        used, positions = self.where(ids, positions, cache, documents)
         x = self.embed(ids)
         turns = c.rotations(positions, x.dtype)
         windows = {c.window(i) for i in range(c.num_layers)}
-        masks = {w: causal_mask(ids.shape[1], used, padding, ids.device, w) for w in windows}
+        masks = {w: seen(ids.shape[1], used, padding, documents, ids.device, w) for w in windows}
         specs = self.fused(x, masks) if cache is None and torch.is_grad_enabled() and x.device.type in FUSED else None
         for i, b in enumerate(self.model.layers):
             if specs is not None:

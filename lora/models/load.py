@@ -205,3 +205,21 @@ def _some(what: Sequence[str], between: str = ", ") -> str:
 
 def _in_brackets(names: Sequence[str]) -> str:
     return f" ({_some(names)})" if names else ""
+
+
+def load_tokenizer(path: str | Path) -> tuple[Tokenizer, int | None]:
+    """A model's tokenizer without the model, and the longest row that the model takes; None where no config.json
+    lies beside the tokenizer. Raises as `load` does."""
+    path = from_hub(path)
+    if path.suffix == ".gguf" and path.is_file():
+        file, beside = GGUF(path), path.parent / "tokenizer.json"
+        tokenizer = Tokenizer.from_directory(path.parent) if beside.is_file() else file.tokenizer()
+        return tokenizer, file.config().max_length
+    if not path.is_dir():
+        raise FileNotFoundError(f"{path} does not exist; give a folder with tokenizer.json, a .gguf file or a hub name")
+    tokenizer = Tokenizer.from_directory(path)
+    if not (path / "config.json").is_file():
+        return tokenizer, None
+    raw = read_config(path)
+    kind = raw.get("model_type")
+    return tokenizer, FAMILIES[kind].from_json(raw).max_length if kind in FAMILIES else None

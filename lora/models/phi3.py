@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lora.kernels.rope import rope
 from lora.kernels.swiglu import swiglu
-from lora.models.base import Cache, attention
+from lora.models.base import Cache, Mask, attention
 from lora.models.llama import (
     Llama,
     LlamaConfig,
@@ -94,7 +94,7 @@ class Phi3Attention(nn.Module):
         self.qkv_proj = nn.Linear(c.hidden_size, sum(self.sizes), bias=False)
         self.o_proj = nn.Linear(self.sizes[0], c.hidden_size, bias=False)
 
-    def forward(self, x: Tensor, turn: Rotation, mask: Tensor | None, cache: Cache | None, layer: int) -> Tensor:
+    def forward(self, x: Tensor, turn: Rotation, mask: Mask, cache: Cache | None, layer: int) -> Tensor:
         B, T, _ = x.shape
         q, k, v = (t.view(B, T, -1, self.head_dim) for t in self.qkv_proj(x).split(self.sizes, dim=-1))
         q, k, v = turned(q, turn).transpose(1, 2), turned(k, turn).transpose(1, 2), v.transpose(1, 2)
@@ -130,7 +130,7 @@ class Phi3Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.eps)
         self.mlp = Phi3MLP(c)
 
-    def forward(self, x: Tensor, turn: Rotation, mask: Tensor | None, cache: Cache | None, layer: int) -> Tensor:
+    def forward(self, x: Tensor, turn: Rotation, mask: Mask, cache: Cache | None, layer: int) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), turn, mask, cache, layer)
         return x + self.mlp(self.post_attention_layernorm(x))
 

@@ -56,9 +56,11 @@ class Tokenizer:
         return self.backend.get_vocab_size(with_added_tokens=True)
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
-        """ids of `text`; with `special`, the beginning-of-text token in front where this model uses one."""
+        """ids of `text`; with `special`, the beginning-of-text token in front where this model uses one, and
+        where the text does not write it out itself."""
         ids = self.backend.encode(text, add_special_tokens=False).ids
-        return [self.bos, *ids] if special and self.add_bos and self.bos is not None else ids
+        wanted = special and self.add_bos and self.bos is not None and ids[:1] != [self.bos]
+        return [self.bos, *ids] if wanted and self.bos is not None else ids
 
     def encode_on(self, text: str) -> list[int]:
         """ids of `text` as the continuation of another, without the space that some tokenizers put before a text."""
