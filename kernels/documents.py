@@ -4,15 +4,27 @@ The torch reference runs each document through PyTorch's attention as if it were
 that matters and costs Σ length², not (Σ length)².  A kernel for ragged batches (cu_seqlens) takes its place here.
 """
 
+import functools
+import itertools
 from collections.abc import Sequence
+from inspect import signature
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+varlen_attn: Any
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:  # before torch 2.10
+    varlen_attn = None
+# newer ones want to be told that key heads serve several query heads
+_GROUPED = {"enable_gqa": True} if varlen_attn and "enable_gqa" in signature(varlen_attn).parameters else {}
+
 
 def document_attention(
     q: Tensor,  # (B, H, T, D)
-    k: Tensor,  # (B, H, T, D)
+    k: Tensor,  # (B, H_kv, T, D), a head for each H / H_kv query heads
     v: Tensor,
     lengths: Sequence[Sequence[int]],
     *,
@@ -26,12 +38,34 @@ def document_attention(
     of its document, itself counted, and none behind itself.  `scale` defaults to D ** -0.5; `softcap` squeezes the
     scores into ±softcap by tanh.
     """
+    if q.is_cuda and softcap is None and q.dtype in (torch.bfloat16, torch.float16) and varlen_attn is not None:
+        return _ragged(q, k, v, tuple(map(tuple, lengths)), window, scale)
+    if q.shape[1] > k.shape[1]:
+        k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for t in (k, v))
     rows = []
     for b, row in enumerate(lengths):
         qs, ks, vs = (t[b].split(list(row), dim=1) for t in (q, k, v))  # (H, L, D) each
         parts = zip(qs, ks, vs, strict=True)
         rows.append(torch.cat([_alone(q, k, v, window, scale, softcap) for q, k, v in parts], dim=1))
     return torch.stack(rows)
+
+
+@functools.lru_cache(maxsize=8)
+def _ends(lengths: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
+    """Where documents begin in the flattened batch, and its end, int32: copied to the device once a batch."""
+    ends = [0, *itertools.accumulate(n for row in lengths for n in row)]
+    return torch.tensor(ends, dtype=torch.int32).to(device, non_blocking=True)
+
+
+def _ragged(
+    q: Tensor, k: Tensor, v: Tensor, lengths: tuple[tuple[int, ...], ...], window: int | None, scale: float | None
+) -> Tensor:
+    B, _, T, _ = q.shape
+    ends, longest = _ends(lengths, q.device), max(max(row) for row in lengths)
+    flat = (t.transpose(1, 2).reshape(B * T, t.shape[1], t.shape[3]) for t in (q, k, v))
+    before = -1 if window is None else window - 1
+    y = varlen_attn(*flat, ends, ends, longest, longest, window_size=(before, 0), scale=scale, **_GROUPED)
+    return y.view(B, T, *y.shape[1:]).transpose(1, 2)
 
 
 def _alone(q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float | None, softcap: float | None) -> Tensor:

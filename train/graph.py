@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lora.eval.nll import token_nll
 from lora.render import Batch
 
-TOKENS = 4096  # of a batch, up to which launches matter
+TOKENS = 16384  # of a batch, up to which launches matter
 SHAPES = 4  # graphs held at once; each keeps its own memory
 
 
@@ -57,7 +57,8 @@ class Graphs:
         The tensors are the graph's own: read or copy them before the next call.
         """
         key = (*batch.ids.shape, _room(batch.target.numel()))
-        if batch.ids.is_cuda and batch.ids.numel() <= TOKENS and key in self.seen:
+        small = batch.ids.is_cuda and batch.ids.numel() <= TOKENS and batch.documents is None
+        if small and key in self.seen:
             if key not in self.graphs:
                 if len(self.graphs) == SHAPES:
                     self.graphs.popitem(last=False)

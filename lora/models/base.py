@@ -240,6 +240,8 @@ def attention(
 
     `scale` defaults to D ** -0.5; `softcap` squeezes the scores into ±softcap by tanh before the mask.
     """
+    if isinstance(mask, Documents):
+        return document_attention(q, k, v, mask.lengths, window=mask.window, scale=scale, softcap=softcap)
     groups = q.shape[1] // k.shape[1]
     if q.is_cuda and softcap is None and mask is None:
         with sdpa_kernel(BACKENDS, set_priority=True):
@@ -249,8 +251,6 @@ def attention(
     if groups > 1:
         k = k.repeat_interleave(groups, dim=1)
         v = v.repeat_interleave(groups, dim=1)
-    if isinstance(mask, Documents):
-        return document_attention(q, k, v, mask.lengths, window=mask.window, scale=scale, softcap=softcap)
     causal = mask is None and q.shape[2] > 1
     if softcap is None:
         return nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale)

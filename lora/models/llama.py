@@ -18,6 +18,7 @@ from typing import Any, ClassVar, Self, cast
 import torch
 from torch import Tensor, nn
 
+from lora.kernels import fold
 from lora.kernels.norm import rms_norm
 from lora.kernels.rope import rope
 from lora.kernels.swiglu import swiglu
@@ -346,6 +347,8 @@ class Llama(CausalLM):
         windows = {c.window(i) for i in range(c.num_layers)}
         masks = {w: seen(ids.shape[1], used, padding, documents, ids.device, w) for w in windows}
         specs = self.fused(x, masks) if cache is None and torch.is_grad_enabled() and x.device.type in FUSED else None
+        if specs is not None:
+            fold.begin(x.device)
         for i, b in enumerate(self.model.layers):
             if specs is not None:
                 cos, sin = turns[c.rope_of(i)]
