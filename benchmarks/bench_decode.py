@@ -26,9 +26,10 @@ from lora.quant.weight import quantize_tensor
 VOCAB, HIDDEN, WIDE, HEADS, KV_HEADS = 128256, 4096, 14336, 32, 8
 
 
-def ours(layers: int) -> Llama:
+def ours(layers: int, hidden: int = HIDDEN, wide: int = WIDE, heads: int = HEADS) -> Llama:
+    """Random weights, packed one layer at a time: never the whole model in 16 bits."""
     config = LlamaConfig(
-        vocab_size=VOCAB, hidden_size=HIDDEN, intermediate_size=WIDE, num_layers=layers, num_heads=HEADS,
+        vocab_size=VOCAB, hidden_size=hidden, intermediate_size=wide, num_layers=layers, num_heads=heads,
         num_kv_heads=KV_HEADS, head_dim=128, max_length=8192, eps=1e-5, rope_theta=500000.0,
     )  # fmt: skip
     with torch.device("meta"):

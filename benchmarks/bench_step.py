@@ -5,7 +5,7 @@ learned, AdamW with 32-bit states.  Forward, backward, clipping and the optimize
 steps after a warm-up; peak of torch.cuda.max_memory_allocated.
 
 usage: python benchmarks/bench_step.py [--case BATCHxLENGTH:KEEP ...]  KEEP: of fused.KEEPS, or a budget such as 36GiB
-       [--layers 32] [--profile] [--save]
+       [--layers 32] [--shape 8b|70b] [--profile] [--save]
 """
 
 import argparse
@@ -73,6 +73,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--case", nargs="+", default=["4x2048:36GiB", "4x2048:8.2GiB", "1x8192:8.2GiB", "1x512:36GiB"])
     parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--shape", choices=("8b", "70b"), default="8b")
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--save", action="store_true")
@@ -80,7 +81,7 @@ def main() -> None:
     rows = [{"copy_GB_s": round(copy_gb_s()), "matmul_TFLOP_s": round(matmul_tflop_s())}]
     print(rows[0], flush=True)
     torch.cuda.empty_cache()
-    model = ours(args.layers).requires_grad_(False).train()
+    model = (ours(80, 8192, 28672, 64) if args.shape == "70b" else ours(args.layers)).requires_grad_(False).train()
     for name, p in model.named_parameters():
         p.requires_grad_(name.endswith((".a", ".b")))
     optimizer = AdamW([p for p in model.parameters() if p.requires_grad])

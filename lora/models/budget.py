@@ -39,16 +39,16 @@ class Widths(NamedTuple):
         return reused + self.kept() + max(2 * self.gate, attention) + sending + 4 * self.states
 
 
-def decoded(widths: Widths) -> int:
-    """Values of the largest weight that is decoded at once."""
-    return (2 * widths.gate + ROOM) * (widths.states + ROOM)
+def fixed_bytes(widths: Widths, tokens: int, itemsize: int) -> int:
+    """Bytes that a step takes beside the model however little its blocks keep."""
+    decoded = 2 * (2 * widths.gate + ROOM) * (widths.states + ROOM)  # of the largest weights, two at once
+    return (tokens * widths.working() + decoded) * itemsize + 2 * BUDGET_GPU
 
 
 def keep_on_gpu(widths: Widths, tokens: int, itemsize: int, free: int) -> list[str]:
     """What each block keeps when `free` bytes may be used for a step over `tokens` tokens."""
-    fixed = (tokens * widths.working() + decoded(widths)) * itemsize + 2 * BUDGET_GPU
     block = tokens * widths.kept() * itemsize
-    whole = (free - fixed) // block
+    whole = (free - fixed_bytes(widths, tokens, itemsize)) // block
     whole = max(0, min(widths.blocks, whole))
     return ["host"] * (widths.blocks - whole) + ["all"] * whole
 

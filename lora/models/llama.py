@@ -25,7 +25,7 @@ from lora.kernels.swiglu import swiglu
 from lora.layer import is_hooked, together
 from lora.models import fused
 from lora.models.base import Cache, CausalLM, Mask, attention, ints, new_embedding, seen
-from lora.models.budget import Widths, free_bytes, keep_on_gpu
+from lora.models.budget import Widths, fixed_bytes, free_bytes, keep_on_gpu
 from lora.models.documents import Documents
 from lora.models.host import Host
 
@@ -283,6 +283,7 @@ class Llama(CausalLM):
         self.keep: str | list[str] | None = None  # what blocks keep for the backward (fused.KEEPS); None: what fits
         self.budget: int | None = None  # bytes that tensors may take on the GPU in all; None: what is free
         self.host = Host()
+        self.recordable = False  # whether the last training step can be recorded: fused, and all kept on the GPU
         self.kept: tuple[int, list[str]] = (0, [])  # tokens of the largest step so far, and what was chosen for it
 
     def fused(self, x: Tensor, masks: Mapping[int | None, Mask]) -> list[fused.Spec] | None:
@@ -306,6 +307,16 @@ class Llama(CausalLM):
             specs.append(fused.Spec(norms, c.eps, cast(Any, groups), heads, attend, keep[i], self.host))
         return specs
 
+    def widths(self) -> Widths:
+        c = self.config
+        heads = (c.num_heads + 2 * c.num_kv_heads) * c.head_dim
+        return Widths(c.hidden_size, heads, c.num_heads * c.head_dim, c.intermediate_size, c.num_layers)
+
+    def needs(self, tokens: int) -> int:
+        """Bytes that a training step over so many tokens takes at most, beside the model, with all kept."""
+        widths, itemsize = self.widths(), self.place()[1].itemsize
+        return fixed_bytes(widths, tokens, itemsize) + widths.blocks * tokens * widths.kept() * itemsize
+
     def keeps(self, x: Tensor) -> list[str]:
         """What each block keeps of a step over the states x (B, T, d); decided anew only for a larger step."""
         c, tokens = self.config, x.shape[0] * x.shape[1]
@@ -316,10 +327,8 @@ class Llama(CausalLM):
         if not x.is_cuda:
             return ["all"] * c.num_layers
         if tokens > self.kept[0]:
-            heads = (c.num_heads + 2 * c.num_kv_heads) * c.head_dim
-            widths = Widths(c.hidden_size, heads, c.num_heads * c.head_dim, c.intermediate_size, c.num_layers)
             free = free_bytes(x.device, self.budget)
-            self.kept = tokens, keep_on_gpu(widths, tokens, x.element_size(), free)
+            self.kept = tokens, keep_on_gpu(self.widths(), tokens, x.element_size(), free)
         return self.kept[1]
 
     def embedding(self) -> nn.Module:
@@ -349,6 +358,7 @@ class Llama(CausalLM):
         specs = self.fused(x, masks) if cache is None and torch.is_grad_enabled() and x.device.type in FUSED else None
         if specs is not None:
             fold.begin(x.device)
+            self.recordable = all(spec.keep == "all" for spec in specs)
         for i, b in enumerate(self.model.layers):
             if specs is not None:
                 cos, sin = turns[c.rope_of(i)]
