@@ -32,7 +32,8 @@ from lora.store import save
 from lora.train.batches import endless, steps_per_epoch
 from lora.train.config import TrainConfig
 from lora.train.log import Log, peak_bytes
-from lora.train.optim import AdamW, learning_rate
+from lora.train.optim import AdamW
+from lora.train.schedule import learning_rate
 from lora.wrap import adapter_names, disabled, is_merged
 
 
