@@ -45,7 +45,7 @@ def new_directory(path: Path) -> Iterator[Path]:
 
 
 def sort_metadata(path: Path) -> None:
-    """Puts a safetensors file's metadata in order, so that the same tensors are the same bytes: safetensors shuffles it.
+    """Puts a safetensors file's metadata in order, so that the same tensors make the same bytes.
 
     Source: the format, eight bytes of the header's length, then the header, JSON padded with spaces.
     """

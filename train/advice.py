@@ -62,6 +62,7 @@ def warnings_for(model: nn.Module, examples: Sequence[Example], rows_a_step: int
             f"{learned:,} tokens are learned by {size:,} parameters of rank {r}: where tokens outnumber parameters "
             f"an adapter may run full, and loss stops falling early; r={_rank(r * learned / size)} would hold them"
         )
+    rows_a_step = min(rows_a_step, len(examples))
     if rows_a_step > LARGE_BATCH:
         said.append(
             f"{rows_a_step} rows to a step: beyond about {LARGE_BATCH} an adapter learns less from the same rows than "

@@ -58,9 +58,9 @@ class Signals:
 
 
 class Divergence:
-    """Watches for a loss worse than guessing: above ln V, or 1.5 x the first loss where that is more.
+    """Watches for a loss worse than guessing: above 1.2 ln V, or 1.5 x the first loss where that is more.
 
-    One step may be; STRIKES in a row, or the last one, is a run that learned nothing but noise.
+    One step on hard rows may be; STRIKES in a row, or all but the first of a shorter run, is a run that went astray.
     """
 
     def __init__(self, vocabulary: int) -> None:
@@ -71,9 +71,14 @@ class Divergence:
     def see(self, step: int, loss: float, lr: float) -> None:
         """Raises RuntimeError at the last strike."""
         if self.limit == math.inf:
-            self.limit = max(math.log(self.vocabulary), 1.5 * loss)
+            self.limit = max(1.2 * math.log(self.vocabulary), 1.5 * loss)
         self.strikes = self.strikes + 1 if loss > self.limit else 0
         if self.strikes >= STRIKES:
+            raise RuntimeError(self.sentence(step, loss, lr))
+
+    def end(self, step: int, loss: float, lr: float) -> None:
+        """Raises RuntimeError where the run was too short for as many strikes, and had no good step but its first."""
+        if step > 1 and self.strikes == step - 1:
             raise RuntimeError(self.sentence(step, loss, lr))
 
     def sentence(self, step: int, loss: float, lr: float) -> str:
@@ -89,7 +94,8 @@ def not_finite(model: nn.Module, batches: Sequence[Batch], step: int, loss: floa
     rows = [row for b in batches for row in b.rows]
     if math.isfinite(loss):
         bad = [n for n, p in model.named_parameters() if p.grad is not None and not torch.isfinite(p.grad).all()]
-        where = f"first in the gradient of {bad[0]}" if bad else "in the sum of finite gradients"
+        # it came from the loss, so the last in the model is where it came in
+        where = f"first in the gradient of {bad[-1]}" if bad else "in the sum of finite gradients"
     else:
         rows, module = _source(model, batches, rows)
         where = f"first in the output of {module}" if module else "in no module's output when run again"

@@ -113,6 +113,7 @@ class AdamW:
             norm = norm * self.scale
         if limit > 0:
             scale = (limit / (norm + 1e-6)).clamp(max=1.0)
+            scale = torch.where(norm.isfinite(), scale, 1.0)  # leaves to see which gradient it was that is not
             if use_triton(self.grad):
                 self.scale = scale if self.scale is None else self.scale * scale
             else:

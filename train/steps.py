@@ -98,8 +98,8 @@ class Steps:
                     self.after(log, entry["step"] == last)
                 if self.signals.got is not None:
                     raise self._leave(log, write)
-        if self.divergence.strikes and entry:  # the last step's loss was worse than a guess
-            raise RuntimeError(self.divergence.sentence(self.progress.step, entry["loss"], entry["learning_rate"]))
+        if entry:
+            self.divergence.end(entry["step"], entry["loss"], entry["learning_rate"])
 
     def _take_up(self) -> None:
         """Takes what a checkpoint knows into the watchers."""
