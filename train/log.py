@@ -60,7 +60,7 @@ class Log:
                 TimeRemainingColumn(),
             )
             self.bar = Progress(*columns, console=console, transient=False)
-            self.task = self.bar.add_task("", total=steps, completed=sum("loss" in h for h in self.history))
+            self.task = self.bar.add_task("", total=steps, completed=max((h["step"] for h in self.history), default=0))
 
     def __enter__(self) -> "Log":
         if self.bar:
