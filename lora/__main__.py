@@ -185,6 +185,45 @@ def _verify(a: Namespace) -> None:
     print(json.dumps(dataclasses.asdict(verdict)) if a.json else f"{a.run}: {verdict}")
 
 
+# ---- sweep ----
+def _sweep_arguments() -> ArgumentParser:
+    p = ArgumentParser(description="Train an adapter for each combination of settings, all at once on one base.")
+    _model_flags(p, quantize=False)
+    p.add_argument("--data", type=str, required=True, help=".jsonl of prompt and completion, or messages")
+    p.add_argument("--valid", type=str | None, default=None, help=".jsonl to evaluate on")
+    p.add_argument("--method", choices=("qlora", "lora"), default="qlora", help="in 4 bits, or as it is")
+    p.add_argument("--out", type=str, required=True, help="folder to write; must not hold anything")
+    p.add_argument("--lr", type=str, required=True, help="learning rates, commas between them")
+    p.add_argument("--r", type=str, default="16", help="ranks")
+    p.add_argument("--alpha", type=str, default="32", help="alphas")
+    p.add_argument("--seeds", type=str, default="42", help="of adapter and order of rows")
+    p.add_class_arguments(TrainConfig, None, skip={"out", "lr", "seed"})
+    _json_flag(p)
+    return p
+
+
+def _sweep(a: Namespace) -> None:
+    from lora.train.sweep import grid, sweep
+
+    fields = {f.name: a[f.name] for f in dataclasses.fields(TrainConfig) if f.name not in ("out", "lr", "seed")}
+    config = TrainConfig(**fields, out=a.out)
+    members = grid(_list(a, "lr", float), _list(a, "r", int), _list(a, "alpha", float), _list(a, "seeds", int))
+    refuse_filled(Path(a.out))
+    model, tokenizer = lora.load(a.model, quantize="nf4" if a.method == "qlora" else None, **_dtype_device(a))
+    found = sweep(model, tokenizer, a.data, a.valid, members=members, config=config)
+    if a.json:
+        print(json.dumps([dataclasses.asdict(x) for x in found.results]))
+    else:
+        print(f"{found}\n\n{len(members)} adapters in {found.seconds:.0f} s: {a.out}")
+
+
+def _list(a: Namespace, key: str, kind: Callable[[str], Any]) -> list[Any]:
+    try:
+        return [kind(part) for part in a[key].split(",")]
+    except ValueError:
+        raise ValueError(f"--{key} {a[key]}: numbers with commas between them, 1e-4,2e-4 say") from None
+
+
 # ---- eval ----
 def _eval_arguments() -> ArgumentParser:
     p = ArgumentParser(description="Measure a model on rows; with an adapter, the base against the tuned, paired.")
@@ -356,6 +395,7 @@ _COMMANDS: dict[str, tuple[Callable[[], ArgumentParser], Callable[[Namespace], N
     "demo": (_demo_arguments, _demo),
     "train": (_train_arguments, _train),
     "verify": (_verify_arguments, _verify),
+    "sweep": (_sweep_arguments, _sweep),
     "eval": (_eval_arguments, _eval),
     "generate": (_generate_arguments, _generate),
     "quantize": (_quantize_arguments, _quantize),
