@@ -304,3 +304,20 @@ def test_an_adapter_too_small_and_a_batch_too_large_are_noted(stories: Path) -> 
     lora.wrap(model, r=16)
     with pytest.warns(UserWarning, match="64 rows to a step: beyond about 32"):
         lora.fit(model, tokenizer, rows(70), config=quiet(max_steps=1, batch=16, accumulate=4))
+
+
+def test_a_model_of_transformers_takes_every_feature_as_ours_does(stories: Path) -> None:
+    ours, tokenizer = lora.load(stories, device="cpu")
+    theirs = transformers.LlamaForCausalLM.from_pretrained(stories)
+    config = quiet(batch=4, recompute=True, label_smoothing=0.1, neftune=5.0, lora_plus=4.0)
+    runs = [lora.fit(start(m, "lora"), tokenizer, rows(), rows(3), config) for m in (ours, theirs)]
+    for a, b in zip(*(run.history for run in runs), strict=True):
+        for key in ("loss", "eval_loss"):
+            assert a.get(key) == (pytest.approx(b[key], abs=1e-4) if key in b else None)
+    assert "forward" not in vars(blocks(theirs)[0])  # recompute has left
+
+
+def test_recompute_needs_blocks() -> None:
+    said = "recompute=True runs a model's blocks again, and Linear has no list of them"
+    with pytest.raises(ValueError, match=said), recomputed(nn.Linear(2, 2)):
+        pass

@@ -88,6 +88,8 @@ def _twice(forward: Any) -> Any:
     def run(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():  # nothing is kept anyway, and a recorded graph must not look at the RNG
             return forward(*args, **kwargs)
+        if kwargs.get("past_key_values") is not None:  # transformers': a block that runs twice would fill it twice
+            kwargs["past_key_values"] = None
         return checkpoint(forward, *args, use_reentrant=False, **kwargs)
 
     return run
