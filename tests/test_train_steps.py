@@ -252,7 +252,7 @@ def test_early_stopping_ends_and_the_best_weights_come_back(stories: Path, tmp_p
     torch.manual_seed(1)
     lora.wrap(model, r=8)
     other = [{"prompt": "Lily", "completion": " was a happy little girl who liked to play."}] * 3
-    config = quiet(batch=4, max_steps=60, lr=2e-2, eval_every=2, patience=3, best=True, save_every=0, keep_last=1,
+    config = quiet(batch=4, max_steps=60, lr=2e-2, eval_every=2, patience=3, best=True, save_every=1, keep_last=1,
                    out=str(tmp_path / "run"), schedule="constant")  # fmt: skip
     run = lora.fit(model, tokenizer, rows(), other, config)
     losses = {h["step"]: h["eval_loss"] for h in run.history if "eval_loss" in h}
