@@ -31,7 +31,8 @@ from torch import Tensor, nn
 import lora
 from lora.models.bert import Encoder, encode
 from lora.models.tokenizer import Tokenizer
-from lora.train.optim import AdamW, learning_rate
+from lora.train.optim import AdamW
+from lora.train.schedule import learning_rate
 
 from result import finish  # isort: skip  (beside this script)
 

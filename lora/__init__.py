@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from lora.models.save import save_pretrained as save_pretrained
     from lora.train.config import TrainConfig as TrainConfig
     from lora.train.loop import fit as fit
+    from lora.train.sweep import sweep as sweep
+    from lora.train.verify import verify as verify
 
 __version__ = "0.1.0"
 
@@ -40,6 +42,8 @@ _LAZY = {
     "compare": "lora.eval.compare",
     "fit": "lora.train.loop",
     "TrainConfig": "lora.train.config",
+    "sweep": "lora.train.sweep",
+    "verify": "lora.train.verify",
 }
 
 __all__ = [
@@ -61,7 +65,9 @@ __all__ = [
     "save",
     "save_pretrained",
     "status",
+    "sweep",
     "unmerge",
+    "verify",
     "wrap",
 ]
 

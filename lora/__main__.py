@@ -1,6 +1,7 @@
 """The `lora` command: parse, one library call, print. A notebook can do all that stands here.
 
-Exit code 0 on success, 2 on a caller's mistake with one sentence and no traceback, 130 on Ctrl-C.
+Exit code 0 on success; 2 on a caller's mistake, with one sentence and no traceback, or where `verify` finds other
+bits; 130 on Ctrl-C and 143 on SIGTERM, after a run was saved.
 """
 
 import dataclasses
@@ -17,13 +18,14 @@ from jsonargparse import ArgumentParser, Namespace
 import lora
 from lora.eval.evaluate import METRICS
 from lora.export import TARGETS
-from lora.files import refuse_filled, write_text
+from lora.files import read_json, refuse_filled
 from lora.quant.rounding import ROUNDINGS
 from lora.render import LEARN
 from lora.requantize import LEAST
 from lora.rows import read_rows
 from lora.sources import SUFFIXES
 from lora.train.config import TrainConfig
+from lora.train.sinks import READY, ready
 
 PROBE = "The capital of France is Paris, and 12 + 30 = 42."
 
@@ -39,9 +41,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     warnings.formatwarning = lambda message, *_, **__: f"lora: note: {message}\n"  # a sentence, not a source line
     try:
         _COMMANDS[config.command][1](config[config.command])
-    except KeyboardInterrupt:
-        print("lora: interrupted", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as e:
+        print(f"lora: interrupted {e}".rstrip(), file=sys.stderr)
+        return getattr(e, "code", 130)
     except (ValueError, TypeError, LookupError, RuntimeError, OSError, ImportError) as e:
         if not _deliberate(e):
             raise
@@ -83,11 +85,15 @@ def _demo(a: Namespace) -> None:
 def _train_arguments() -> ArgumentParser:
     p = ArgumentParser(description="Tune a model on rows of text.")
     p.add_argument("--config", action="config", help="a YAML file with any of these settings")
-    _model_flags(p, quantize=False)
-    p.add_argument("--data", type=str, required=True, help=f"rows: {', '.join(SUFFIXES)}")
+    _model_flags(p, quantize=False, required=False)
+    p.add_argument("--data", type=str | None, default=None, help=f"rows: {', '.join(SUFFIXES)}")
     p.add_argument("--valid", type=str | None, default=None, help="rows to evaluate on")
     p.add_argument("--method", choices=("qlora", "lora", "full"), default="qlora", help="what is trained, on what base")
-    p.add_argument("--out", type=str, required=True, help="run directory; must not hold another run")
+    p.add_argument("--out", type=str | None, default=None, help="run directory; must not hold another run")
+    p.add_argument(
+        "--resume", type=str | None, default=None, help="run directory to go on with; takes no other setting"
+    )
+    p.add_argument("--log_to", type=str, default="", help=f"also log to some of {', '.join(READY)}")
     p.add_class_arguments(TrainConfig, None, skip={"out"})
     p.add_class_arguments(lora.LoRAConfig, "lora")
     _json_flag(p)
@@ -95,31 +101,130 @@ def _train_arguments() -> ArgumentParser:
 
 
 def _train(a: Namespace) -> None:
-    fields = {f.name: a[f.name] for f in dataclasses.fields(TrainConfig) if f.name != "out"}
-    config = TrainConfig(**fields, out=a.out)
-    adapter = lora.LoRAConfig(**vars(a.lora))
-    refuse_filled(Path(a.out))
-    for file in filter(None, (a.data, a.valid)):
-        if not Path(file).is_file():
-            raise FileNotFoundError(f"{file} is not there; data is a file of rows: {', '.join(SUFFIXES)}")
-    model, tokenizer = lora.load(a.model, quantize="nf4" if a.method == "qlora" else None, **_dtype_device(a))
-    if a.method == "full":
-        model.requires_grad_(True)
+    if a.resume:
+        given = [k for k, v in vars(_train_arguments().get_defaults()).items() if k not in _BESIDE and a[k] != v]
+        if given:
+            raise ValueError(
+                f"--resume takes every setting from {a.resume}; leave out {', '.join(map('--{}'.format, given))}"
+            )
+        notes, out, config = _notes_of(Path(a.resume)), Path(a.resume), None
     else:
-        lora.wrap(model, config=adapter)
+        missing = [f"--{key}" for key in ("model", "data", "out") if not a[key]]
+        if missing:
+            raise ValueError(f"lora train needs {', '.join(missing)}, or --resume DIR")
+        fields = {f.name: a[f.name] for f in dataclasses.fields(TrainConfig) if f.name != "out"}
+        config, out = TrainConfig(**fields, out=a.out), Path(a.out)
+        notes = {key: a[key] for key in _RECIPE} | {"seed": config.seed}
+        notes["lora"] = dataclasses.asdict(lora.LoRAConfig(**vars(a.lora)))
+        refuse_filled(out)
+    sinks = [ready(name.strip(), out) for name in a.log_to.split(",") if name.strip()]
+    model, tokenizer = _recipe(notes)
     print(lora.status(model), file=sys.stderr)
-    run = lora.fit(model, tokenizer, a.data, a.valid, config)
-    write_text(Path(a.out) / "config.yaml", _train_arguments().dump(a, skip_link_targets=False))
+    run = lora.fit(
+        model, tokenizer, notes["data"], notes["valid"], config, resume=a.resume, sinks=sinks, notes=notes
+    )  # fmt: skip
     last = {k: v for h in run.history for k, v in h.items() if k in ("loss", "eval_loss", "train_runtime")}
     if a.json:
-        print(json.dumps(last | {"steps": run.steps, "tokens": run.tokens, "peak_bytes": run.peak_bytes, "out": a.out}))
+        print(
+            json.dumps(last | {"steps": run.steps, "tokens": run.tokens, "peak_bytes": run.peak_bytes, "out": str(out)})
+        )
     else:
         held = f", validation {last['eval_loss']:.4f}" if "eval_loss" in last else ""
         print(
             f"{run.steps} steps, {run.tokens:,} tokens, {run.tokens_per_second:,.0f} tokens/s, "
             f"loss {last['loss']:.4f}{held}"
         )
-        print(f"adapter, log and report: {a.out}")
+        print(f"adapter, log and report: {out}")
+
+
+_RECIPE = ("model", "data", "valid", "method", "dtype", "device")  # with lora's settings, what a run begins from
+_BESIDE = ("resume", "json", "log_to", "progress", "config")
+
+
+def _recipe(notes: dict[str, Any]) -> tuple[Any, Any]:
+    """The model and tokenizer of a run, as before its first step."""
+    import torch
+
+    for file in filter(None, (notes["data"], notes["valid"])):
+        if not Path(file).is_file():
+            raise FileNotFoundError(f"{file} is not there; data is a file of rows: {', '.join(SUFFIXES)}")
+    quantize = "nf4" if notes["method"] == "qlora" else None
+    model, tokenizer = lora.load(notes["model"], quantize=quantize, dtype=notes["dtype"], device=notes["device"])
+    if notes["method"] == "full":
+        model.requires_grad_(True)
+    else:
+        torch.manual_seed(notes["seed"])  # of the adapter's first values
+        lora.wrap(model, config=lora.LoRAConfig(**notes["lora"]))
+    return model, tokenizer
+
+
+def _notes_of(run: Path) -> dict[str, Any]:
+    """How the command that made a run directory began."""
+    if not (run / "run.json").is_file():
+        raise FileNotFoundError(f"{run} is no run directory: it holds no run.json")
+    notes = read_json(run / "run.json").get("notes") or {}
+    if not notes.keys() >= {*_RECIPE, "lora", "seed"}:
+        raise ValueError(f"{run} was not made by `lora train`, so its model is not known; call lora.fit(resume=...)")
+    return notes
+
+
+# ---- verify ----
+def _verify_arguments() -> ArgumentParser:
+    p = ArgumentParser(description="Repeat the last steps of a run and compare bits; exit code 2 where they differ.")
+    p.add_argument("run", type=str, help="run directory")
+    p.add_argument("--steps", type=int | None, default=None, help="how many to repeat at least")
+    _json_flag(p)
+    return p
+
+
+def _verify(a: Namespace) -> None:
+    from lora.train.verify import verify
+
+    notes = _notes_of(Path(a.run))
+    model, tokenizer = _recipe(notes)
+    verdict = verify(a.run, model, tokenizer, notes["data"], notes["valid"], steps=a.steps)
+    if not verdict.equal:
+        raise RuntimeError(f"{a.run}: {verdict}")
+    print(json.dumps(dataclasses.asdict(verdict)) if a.json else f"{a.run}: {verdict}")
+
+
+# ---- sweep ----
+def _sweep_arguments() -> ArgumentParser:
+    p = ArgumentParser(description="Train an adapter for each combination of settings, all at once on one base.")
+    _model_flags(p, quantize=False)
+    p.add_argument("--data", type=str, required=True, help=".jsonl of prompt and completion, or messages")
+    p.add_argument("--valid", type=str | None, default=None, help=".jsonl to evaluate on")
+    p.add_argument("--method", choices=("qlora", "lora"), default="qlora", help="in 4 bits, or as it is")
+    p.add_argument("--out", type=str, required=True, help="folder to write; must not hold anything")
+    p.add_argument("--lr", type=str, required=True, help="learning rates, commas between them")
+    p.add_argument("--r", type=str, default="16", help="ranks")
+    p.add_argument("--alpha", type=str, default="32", help="alphas")
+    p.add_argument("--seeds", type=str, default="42", help="of adapter and order of rows")
+    p.add_class_arguments(TrainConfig, None, skip={"out", "lr", "seed"})
+    _json_flag(p)
+    return p
+
+
+def _sweep(a: Namespace) -> None:
+    from lora.train.sweep import grid, sweep
+
+    fields = {f.name: a[f.name] for f in dataclasses.fields(TrainConfig) if f.name not in ("out", "lr", "seed")}
+    config = TrainConfig(**fields, out=a.out)
+    members = grid(_list(a, "lr", float), _list(a, "r", int), _list(a, "alpha", float), _list(a, "seeds", int))
+    refuse_filled(Path(a.out))
+    model, tokenizer = lora.load(a.model, quantize="nf4" if a.method == "qlora" else None, **_dtype_device(a))
+    found = sweep(model, tokenizer, a.data, a.valid, members=members, config=config)
+    if a.json:
+        print(json.dumps([dataclasses.asdict(x) for x in found.results]))
+    else:
+        print(f"{found}\n\n{len(members)} adapters in {found.seconds:.0f} s: {a.out}")
+
+
+def _list(a: Namespace, key: str, kind: Callable[[str], Any]) -> list[Any]:
+    try:
+        return [kind(part) for part in a[key].split(",")]
+    except ValueError:
+        raise ValueError(f"--{key} {a[key]}: numbers with commas between them, 1e-4,2e-4 say") from None
 
 
 # ---- data ----
@@ -314,8 +419,9 @@ def _export(a: Namespace) -> None:
 
 
 # ---- shared flags ----
-def _model_flags(p: ArgumentParser, quantize: bool = True) -> None:
-    p.add_argument("--model", type=str, required=True, help="model folder or .gguf file")
+def _model_flags(p: ArgumentParser, quantize: bool = True, required: bool = True) -> None:
+    kind: Any = {"type": str, "required": True} if required else {"type": str | None, "default": None}
+    p.add_argument("--model", **kind, help="model folder or .gguf file")
     if quantize:
         p.add_argument("--quantize", choices=("nf4", "fp4"), default=None, help="pack linear layers while loading")
     p.add_argument(
@@ -336,6 +442,8 @@ _COMMANDS: dict[str, tuple[Callable[[], ArgumentParser], Callable[[Namespace], N
     "demo": (_demo_arguments, _demo),
     "train": (_train_arguments, _train),
     "data": (_data_arguments, _data),
+    "verify": (_verify_arguments, _verify),
+    "sweep": (_sweep_arguments, _sweep),
     "eval": (_eval_arguments, _eval),
     "generate": (_generate_arguments, _generate),
     "quantize": (_quantize_arguments, _quantize),

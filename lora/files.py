@@ -44,6 +44,22 @@ def new_directory(path: Path) -> Iterator[Path]:
         raise
 
 
+def sort_metadata(path: Path) -> None:
+    """Puts a safetensors file's metadata in order, so that the same tensors make the same bytes.
+
+    Source: the format, eight bytes of the header's length, then the header, JSON padded with spaces.
+    """
+    with path.open("r+b") as f:
+        size = int.from_bytes(f.read(8), "little")
+        header = json.loads(f.read(size))
+        header["__metadata__"] = dict(sorted(header.get("__metadata__", {}).items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) > size:
+            raise RuntimeError(f"{path}: its header of {size} bytes cannot hold the same {len(text)} bytes in order")
+        f.seek(8)
+        f.write(text.ljust(size))
+
+
 def refuse_filled(path: Path) -> None:
     """Raises FileExistsError where `path` is a file or a folder that holds something."""
     if path.exists() and (not path.is_dir() or any(path.iterdir())):

@@ -54,6 +54,26 @@ class Adapter(nn.Module):
         return f"r={self.r}, scale={self.scale:g}, dropout={self.dropout:g}"
 
 
+class ByRow:
+    """Adapters side by side: each sees its own rows of the batch, so that several train in one pass over the base.
+
+    `parts` are (adapter, first row, row behind the last), in order and without a gap.
+    """
+
+    magnitude, dropout = None, 0.0
+
+    def __init__(self, parts: Sequence[tuple[Adapter, int, int]]) -> None:
+        self.parts = tuple(parts)
+
+    def add(self, y: Tensor, x: Tensor) -> Tensor:
+        """y (B, ..., out) with each row's own update on x (B, ..., in) added."""
+        if x.shape[0] != self.parts[-1][2]:
+            raise RuntimeError(
+                f"adapters by row want {self.parts[-1][2]} rows first in a layer's input, not {x.shape[0]}"
+            )
+        return torch.cat([add_all(y[i:j], x[i:j], [adapter], False) for adapter, i, j in self.parts])
+
+
 class Adapted(nn.Module):
     """What the three layers share: a base, named adapters, which of them are active, an off switch."""
 
@@ -68,9 +88,12 @@ class Adapted(nn.Module):
         self.active: tuple[str, ...] = ()
         self.off = False
         self.merged = None
+        self.by_row: ByRow | None = None  # while several adapters train side by side
 
     def on(self) -> list[Any]:
         """The adapters that take part in a forward now."""
+        if self.by_row is not None and not self.off:
+            return [self.by_row]
         return [] if self.off else [self.adapters[name] for name in self.active if name in self.adapters]
 
     def train(self, mode: bool = True) -> "Adapted":
@@ -112,10 +135,10 @@ class LoRALinear(Adapted):
             return add_all(self.base(x, low), x, rest, self.training)
         return add_all(self.base(x), x, self.on(), self.training)
 
-    def split(self) -> tuple[Low | None, list[Adapter]]:
+    def split(self) -> tuple[Low | None, list[Any]]:
         """The adapter that a 4-bit base adds in its own pass, and those to be added behind it."""
         on = self.on()
-        if not on or (self.training and on[0].dropout):
+        if not on or isinstance(on[0], ByRow) or (self.training and on[0].dropout):
             return None, on
         return (on[0].a, on[0].b, on[0].scale), on[1:]
 
@@ -126,9 +149,12 @@ class LoRALinear(Adapted):
         return delta.T if is_conv1d(self.base) else delta
 
 
-def add_all(y: Tensor, x: Tensor, adapters: Sequence[Adapter], training: bool) -> Tensor:
+def add_all(y: Tensor, x: Tensor, adapters: Sequence[Any], training: bool) -> Tensor:
     """y with the updates of `adapters` on x added."""
     for adapter in adapters:
+        if isinstance(adapter, ByRow):
+            y = adapter.add(y, x)
+            continue
         h = nn.functional.dropout(x, adapter.dropout, training) if adapter.dropout else x
         y = add_low_rank(y, h.to(y.dtype), adapter.a.to(y.dtype), adapter.b.to(y.dtype), adapter.scale)
     return y

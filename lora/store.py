@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lora.config import LoRAConfig
-from lora.files import new_directory, read_json
+from lora.files import new_directory, read_json, sort_metadata
 from lora.fingerprint import KEY, check, fingerprint
 from lora.layer import Adapted, LoRAEmbedding, TrainedModule, adapted, is_linear, linear_shape
 from lora.match import candidates, heads, output_head
@@ -65,6 +65,7 @@ def save(model: nn.Module, directory: str | Path, name: str | None = None, *, ba
     with new_directory(Path(directory)) as folder:
         # "format" is what peft itself writes; loaders refuse a file without it
         save_file(tensors, folder / WEIGHTS, metadata={"format": "pt", KEY: fingerprint(layers)})
+        sort_metadata(folder / WEIGHTS)
         (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     return Path(directory)
 

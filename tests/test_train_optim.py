@@ -11,7 +11,8 @@ from torch import Tensor, nn
 import lora
 from lora.render import Example
 from lora.train.batches import endless, epoch_batches, steps_per_epoch
-from lora.train.optim import AdamW, learning_rate
+from lora.train.optim import AdamW
+from lora.train.schedule import learning_rate
 
 SHAPES = [(7, 5), (3,), (64, 33), (1, 1), (600, 700)]  # the last spans two chunks of the flat buffer
 

@@ -1,40 +1,51 @@
 """fit: one loop for LoRA, QLoRA and full fine-tuning; what trains is what requires a gradient.
 
-loss of a step = Σ NLL / number of learned tokens, over all its batches: the same whatever the batch size.
+What a step is: steps.py.  What is kept of a run: checkpoint.py, certificate.py.
 """
 
 import dataclasses
-import itertools
 import json
 import math
-import time
-from collections.abc import Sequence
+import shutil
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
-from lora.batch import Pack
 from lora.eval.compare import compare
 from lora.eval.evaluate import evaluate
-from lora.eval.nll import row_nll, token_nll
 from lora.eval.report import write_report
 from lora.files import refuse_filled, write_text
 from lora.kernels.scratch import keep_pages
-from lora.layer import adapted
+from lora.layer import Adapter, adapted
 from lora.models.base import Model, refuse_encoder
 from lora.models.save import save_pretrained
 from lora.models.tokenizer import Tokenizer
-from lora.render import Example, collate
-from lora.rows import Data
+from lora.rows import Data, Row
 from lora.store import save
-from lora.train.batches import endless, steps_per_epoch
+from lora.train.advice import default_lr, warnings_for
+from lora.train.batches import steps_per_epoch
+from lora.train.certificate import (
+    base_digest,
+    data_digest,
+    environment,
+    read_certificate,
+    weights_digest,
+    write_certificate,
+)
+from lora.train.checkpoint import clean, find_checkpoint, load_checkpoint, read_checkpoint
 from lora.train.config import TrainConfig
-from lora.train.data import prepare
+from lora.train.data import prepare as prepare_rows
 from lora.train.log import Log, peak_bytes
-from lora.train.optim import AdamW, learning_rate
+from lora.train.optim import AdamW
+from lora.train.plot import write_plot
+from lora.train.sinks import Sink
+from lora.train.steps import Steps
 from lora.wrap import adapter_names, disabled, is_merged
 
 
@@ -61,18 +72,57 @@ def fit(
     train: Data,
     valid: Data | None = None,
     config: TrainConfig | None = None,
+    *,
+    resume: str | Path | None = None,
+    sinks: Sequence[Sink] = (),
+    notes: Mapping[str, Any] | None = None,
 ) -> Run:
-    """Trains what requires a gradient, in place; under `config.out` writes log.jsonl, config.yaml, report.html, and
-    adapter/, or model/ after full fine-tuning.
+    """Trains what requires a gradient, in place; under `config.out` writes log.jsonl, config.yaml, run.json,
+    checkpoints/, report.html, and adapter/, or model/ after full fine-tuning.
 
     `train` and `valid` are a file of rows or a list of them (`lora.rows`, `lora.sources`).  Everything that can be
     checked is checked before the first step and before a file is written.
 
-    Raises TypeError for an encoder; ValueError when nothing is trainable, a row cannot be used, or the data is empty;
-    FileExistsError when `config.out` holds another run; RuntimeError on a merged model, or when a loss or gradient is
-    not finite.
+    `resume` is the directory of a run that ended early, or one of its checkpoints: it goes on to the same bits as if it
+    had never stopped, with the same model, rows and settings (its own where `config` is None); a run that wrote no
+    checkpoint yet begins again.  `sinks` get each entry of the log (`lora.train.sinks`); `notes` are kept in
+    config.yaml and run.json: the path of the model, say.
+
+    Raises TypeError for an encoder; ValueError when nothing is trainable, a row cannot be used, the data is empty, or
+    `resume` is a checkpoint of another run; FileExistsError when `config.out` holds another run; RuntimeError on a
+    merged model, when a loss or gradient is not finite, or when the loss diverges; OSError when a file cannot be
+    written; a KeyboardInterrupt that names the checkpoint on Ctrl-C and SIGTERM.
     """
-    config = config or TrainConfig()
+    config, notes, point = _settle(config, notes, resume)
+    if config.out and resume is None:
+        refuse_filled(Path(config.out))
+    steps = prepare(model, tokenizer, train, valid, config)
+    config, out = steps.config, steps.out
+    if point:
+        steps.progress = load_checkpoint(point, steps.optimizer, steps.identity)
+        clean(point.parent)
+    if out:
+        _start(out, steps, notes, point)
+    for sentence in warnings_for(model, steps.examples, config.batch * config.accumulate):
+        warnings.warn(sentence, stacklevel=2)
+    p = steps.progress
+    log_path = out / "log.jsonl" if out else None
+    with Log(log_path, steps.steps, config.progress, sinks, p.log_bytes, steps.device) as log:
+        steps.run(log)
+        last = weights_digest(steps.optimizer.w) if out else ""
+        log.write(_totals(steps))
+        _best_again(steps)
+    adapter = _keep(steps, tokenizer)
+    if out:
+        _report(out, model, tokenizer, steps.held_rows if adapter else [], log.history, config)
+        write_plot(out / "loss.png", log.history)
+        ended = {"steps": p.step, "tokens": p.tokens, "best_step": p.best_step if config.best else None}
+        write_certificate(out, finished=True, **ended, probe=steps.probed, weights_after=last)
+    return Run(tuple(log.history), p.step, p.seconds, p.tokens, peak_bytes(steps.device), adapter)
+
+
+def prepare(model: nn.Module, tokenizer: Tokenizer, train: Data, valid: Data | None, config: TrainConfig) -> Steps:
+    """A run ready for its first step: everything is checked, nothing is written."""
     refuse_encoder(model, "lora.fit")
     if is_merged(model):
         raise RuntimeError("this model is merged, so its adapters would not train; call lora.unmerge(model) first")
@@ -82,16 +132,35 @@ def fit(
             "nothing to train: no parameter requires a gradient; call lora.wrap(model) for an adapter, "
             "lora.attach(..., trainable=True) to go on with one, or model.requires_grad_(True) for full fine-tuning"
         )
-    examples = prepare(train, model, tokenizer, config).units
-    held = prepare(valid, model, tokenizer, config, held_out=True) if valid is not None else None
+    examples = prepare_rows(train, model, tokenizer, config).units
+    held = prepare_rows(valid, model, tokenizer, config, held_out=True) if valid is not None else None
     held_out = held.examples if held else []
+    whole = held.whole_rows() if held else []
+    for key in ("patience", "best", "eval_generate"):
+        if getattr(config, key) and not held_out:
+            raise ValueError(f"{key}={getattr(config, key)} goes by validation rows, and there are none; give valid")
+    if config.lr is None:
+        config = config.replace(lr=default_lr(model))
     per_epoch = steps_per_epoch(len(examples), config.batch, config.accumulate)
     steps = config.max_steps or max(1, math.ceil(config.epochs * per_epoch))
-    out = Path(config.out) if config.out else None
-    if out:
-        refuse_filled(out)
-        out.mkdir(parents=True, exist_ok=True)
-        write_text(out / "config.yaml", _yaml(dataclasses.asdict(config)))
+    fast = {id(a.b) for _, layer in adapted(model) for a in layer.adapters.values() if isinstance(a, Adapter)}
+    if config.lora_plus != 1.0 and not any(id(p) in fast for p in trainable):
+        raise ValueError(f"lora_plus={config.lora_plus} is the learning rate of adapters' B, and no adapter trains")
+    names = [[n, list(p.shape), str(p.dtype)] for n, p in model.named_parameters() if p.requires_grad]
+    adapters = [
+        [n, name, a.scale, a.dropout]
+        for n, layer in adapted(model)
+        for name, a in layer.adapters.items()
+        if isinstance(a, Adapter)
+    ]
+    identity = {
+        "config": dataclasses.asdict(config),
+        "steps": steps,
+        "data": data_digest(examples),
+        "valid": data_digest(held_out) if held_out else None,
+        "base": base_digest(model),
+        "parameters": names + adapters,
+    }
     torch.manual_seed(config.seed)
     keep_pages()  # a step frees and allocates the same hundreds of MB again and again
     optimizer = AdamW(
@@ -100,108 +169,105 @@ def fit(
         eps=config.eps,
         weight_decay=config.weight_decay,
         bits=config.optim_bits,
+        ratio=lambda p: config.lora_plus if id(p) in fast else 1.0,
     )
-    with Log(out / "log.jsonl" if out else None, steps, config.progress) as log:
-        seconds, tokens = _steps(model, examples, held_out, steps, per_epoch, optimizer, config, log)
-    adapter = None
-    if out and adapter_names(model):
-        adapter = save(model, out / "adapter", name=_trained_name(model))
-    elif out and isinstance(model, Model):
-        save_pretrained(model, tokenizer, out / "model", dtype=trainable[0].dtype)
-    if out:
-        _report(out, model, tokenizer, held.whole_rows() if held and adapter else None, log.history, config)
-    device = trainable[0].device
-    return Run(tuple(log.history), steps, seconds, tokens, peak_bytes(device), adapter)
+    out = Path(config.out) if config.out else None
+    name = _trained_name(model) if adapter_names(model) else None
+    keep = (lambda folder: save(model, folder, name=name)) if name else None
+    return Steps(
+        model, tokenizer, examples, held_out, whole, steps, per_epoch, optimizer, config, identity, out, keep
+    )  # fmt: skip
 
 
-def _steps(
-    model: nn.Module,
-    examples: Sequence[Example | Pack],
-    held_out: Sequence[Example],
-    steps: int,
-    per_epoch: int,
-    optimizer: AdamW,
-    config: TrainConfig,
-    log: Log,
-) -> tuple[float, int]:
-    """Runs the optimizer steps; returns their seconds and the tokens they saw."""
-    device = optimizer.w.device
-    pad = 0  # never looked at: attention is causal and padding stands on the right
-    seen, busy, losses = 0, 0.0, 0.0
-    start = time.perf_counter()
-    batches = endless(examples, config.batch, config.accumulate, config.seed)
-    model.train()
-    for step, (_, group) in enumerate(itertools.islice(batches, steps)):
-        begin = time.perf_counter()
-        micro = [collate(part, pad).to(device) for part in group]
-        n = sum(b.target.numel() for b in micro)
-        loss, hits = 0.0, 0
-        for b in micro:
-            nll, hit = token_nll(model, b)
-            (nll.sum() / n).backward()
-            loss += nll.detach().sum().item() / n
-            hits += int(hit.sum())
-        optimizer.gather()
-        norm = optimizer.clip(config.clip).item()
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            rows = [row for b in micro for row in b.rows]
-            raise RuntimeError(f"step {step + 1}: loss {loss}, gradient norm {norm}; not finite, on rows {rows}")
-        lr = learning_rate(step, steps, config.lr, config.warmup)
-        optimizer.step(lr)
-        optimizer.zero_grad()
-        tokens = sum(b.n_tokens for b in micro)
-        took = time.perf_counter() - begin
-        seen, busy, losses = seen + tokens, busy + took, losses + loss
-        epoch = round((step + 1) / per_epoch, 4)
-        if (step + 1) % config.log_every == 0 or step + 1 == steps:
-            log.write(
-                {
-                    "loss": loss,
-                    "grad_norm": norm,
-                    "learning_rate": lr,
-                    "mean_token_accuracy": hits / n,
-                    "num_tokens": seen,
-                    "epoch": epoch,
-                    "step": step + 1,
-                    "tokens_per_second": round(tokens / took, 1),
-                }
-            )
-        due = config.eval_every and (step + 1) % config.eval_every == 0
-        if held_out and (due or step + 1 == steps):
-            log.write(_evaluate(model, held_out, config.batch) | {"epoch": epoch, "step": step + 1})
-    total = time.perf_counter() - start
-    log.write(
-        {
-            "train_runtime": round(total, 3),
-            "train_samples_per_second": round(min(steps / per_epoch * len(examples), 1e12) / total, 3),
-            "train_steps_per_second": round(steps / total, 3),
-            "train_loss": losses / steps,
-            "epoch": round(steps / per_epoch, 4),
-            "step": steps,
-        }
-    )
-    return busy, seen
+def _settle(
+    config: TrainConfig | None, notes: Mapping[str, Any] | None, resume: str | Path | None
+) -> tuple[TrainConfig, dict[str, Any], Path | None]:
+    """Settings and notes, a resumed run's own where none are given, and the checkpoint to go on from."""
+    if resume is None:
+        return config or TrainConfig(), dict(notes or {}), None
+    resume = Path(resume)
+    point = find_checkpoint(resume)
+    out = point.parent.parent if point else resume
+    written = read_certificate(out) or {}
+    if written.get("finished"):
+        raise ValueError(
+            f"{out} is a run that finished all its {written['steps']} steps; there is nothing to go on with"
+        )
+    if point is None:
+        warnings.warn(f"{out} holds no checkpoint yet, so the run begins again at step 1", stacklevel=3)
+    saved = read_checkpoint(point)["identity"]["config"] if point else written.get("config", {})
+    if config is None:
+        config = TrainConfig(**saved)
+    elif config.out is not None and Path(config.out).resolve() != out.resolve():
+        raise ValueError(f"resume={resume} goes on in {out}, and out={config.out!r} is another; leave out away")
+    return config.replace(out=str(out)), dict(notes or written.get("notes") or {}), point
 
 
-def _evaluate(model: nn.Module, examples: Sequence[Example], batch: int) -> dict[str, float]:
-    start = time.perf_counter()
-    nll, count, hits = row_nll(model, examples, batch)
-    took, n = time.perf_counter() - start, int(count.sum())
+def _start(out: Path, steps: Steps, notes: Mapping[str, Any], point: Path | None) -> None:
+    """The run directory as it stands before the first step."""
+    settings = dataclasses.asdict(steps.config)
+    device = environment(steps.device)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        if point:
+            again = [*(read_certificate(out) or {}).get("resumed", []), {"from": point.name, "environment": device}]
+            write_certificate(out, resumed=again)
+            return
+        write_text(out / "config.yaml", _yaml({k: v for k, v in {**notes, **settings}.items() if k != "out"}))
+        weights = weights_digest(steps.optimizer.w)
+        known = {key: steps.identity[key] for key in ("data", "valid", "base")}
+        counts = {"rows": len(steps.examples), "planned_steps": steps.steps}
+        write_certificate(
+            out, finished=False, config=settings, notes=dict(notes), environment=device, digests=known, **counts,
+            weights_before=weights,
+        )  # fmt: skip
+    except OSError as e:
+        raise OSError(f"{out} cannot be written, so nothing was trained: {e.strerror or e}") from e
+
+
+def _totals(steps: Steps) -> dict[str, Any]:
+    p = steps.progress
+    rows = p.step / steps.per_epoch * len(steps.examples)
     return {
-        "eval_loss": float(nll.sum()) / n,
-        "eval_mean_token_accuracy": int(hits.sum()) / n,
-        "eval_num_tokens": n,
-        "eval_runtime": round(took, 3),
-        "eval_samples_per_second": round(len(examples) / took, 3),
-        "eval_steps_per_second": round(-(-len(examples) // batch) / took, 3),
+        "train_runtime": round(p.wall, 3),
+        "train_samples_per_second": round(min(rows, 1e12) / p.wall, 3),
+        "train_steps_per_second": round(p.step / p.wall, 3),
+        "train_loss": p.loss_sum / p.step,
+        "epoch": round(p.step / steps.per_epoch, 4),
+        "step": p.step,
     }
+
+
+def _best_again(steps: Steps) -> None:
+    """Puts back the weights of the lowest eval_loss, where that is asked for."""
+    best = steps.progress.best_step
+    if not steps.config.best or best is None or best == steps.progress.step or steps.folder is None:
+        return
+    w = load_file(steps.folder / f"step-{best:08d}" / "state.safetensors")["w"]
+    steps.optimizer.load_state_dict(steps.optimizer.state_dict() | {"w": w})
+
+
+def _keep(steps: Steps, tokenizer: Tokenizer) -> Path | None:
+    """Writes what the run was for: adapter/, or model/. A run that goes on may find its own from before a kill."""
+    out, model = steps.out, steps.model
+    if not out:
+        return None
+    for folder in (out / "adapter", out / "model"):
+        if folder.exists():
+            shutil.rmtree(folder)
+    if steps.save_adapter:
+        return steps.save_adapter(out / "adapter")
+    if isinstance(model, Model):
+        dtype = next(p.dtype for p in model.parameters() if p.requires_grad)
+        save_pretrained(model, tokenizer, out / "model", dtype=dtype)
+    return None
 
 
 def _report(
     out: Path,
     model: nn.Module,
     tokenizer: Tokenizer,
-    valid: Data | None,
+    valid: Sequence[Row],
     history: Sequence[dict[str, Any]],
     config: TrainConfig,
 ) -> None:

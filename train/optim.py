@@ -1,22 +1,22 @@
-"""AdamW over one flat float32 buffer, and the learning rate's path.
+"""AdamW over one flat float32 buffer.
 
     m = β1 m + (1 - β1) g        v = β2 v + (1 - β2) g²
     w = w (1 - lr λ) - lr (m / (1 - β1^t)) / (sqrt(v / (1 - β2^t)) + eps)
 
 All trained parameters are views into one buffer and their gradients into another, so that the norm is one
 reduction and the step one launch, whatever the number of adapters.  A parameter in 16 bits gets a
-float32 master in the buffer and is rounded from it after each step.
+float32 master in the buffer and is rounded from it after each step.  Parameters of one learning-rate ratio lie
+together, so that LoRA+ (arXiv:2402.12354: B learns faster than A) takes a launch for each of its two rates.
 Source: arXiv:1711.05101, algorithm 2; numbers equal torch.optim.AdamW.  The step itself: lora.kernels.adamw.
 """
 
-import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lora.kernels.adamw import Moment8, adamw, adamw8, moment8, rates
+from lora.kernels.adamw import BLOCK8, Moment8, adamw, adamw8, moment8, rates
 from lora.kernels.dispatch import use_triton
 from lora.quant.codebook import dynamic_map
 
@@ -24,7 +24,8 @@ from lora.quant.codebook import dynamic_map
 class AdamW:
     """Takes over the storage of its parameters.  A step is gather, clip (or not), step, zero_grad.
 
-    `bits` are those of one moment: 32, or 8, which keeps 2 bytes a parameter instead of 8.
+    `bits` are those of one moment: 32, or 8, which keeps 2 bytes a parameter instead of 8.  `ratio` gives what a
+    parameter's learning rate is multiplied by.
     In a CUDA graph: capture `update`, and call `advance` before each replay.
     """
 
@@ -36,6 +37,7 @@ class AdamW:
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         bits: int = 32,
+        ratio: Callable[[nn.Parameter], float] | None = None,
     ) -> None:
         params = [p for p in parameters if p.requires_grad]
         if not params:
@@ -46,21 +48,37 @@ class AdamW:
             devices = ", ".join(sorted({str(p.device) for p in params}))
             raise ValueError(f"parameters on {devices}: one flat buffer lies on one device; move the model to one")
         self.betas, self.eps, self.weight_decay, self.bits, self.t = betas, eps, weight_decay, bits, 0
-        n, device = sum(p.numel() for p in params), params[0].device
-        self.w = torch.empty(n, dtype=torch.float32, device=device)
+        self.groups: list[tuple[float, slice]] = []  # a ratio, and where in the buffer its parameters lie
+        members: dict[float, list[nn.Parameter]] = {}
+        for p in params:
+            members.setdefault(float(ratio(p)) if ratio else 1.0, []).append(p)
+        n = 0
+        for value, group in members.items():
+            start = -(-n // BLOCK8) * BLOCK8  # a block of an 8-bit moment belongs to one group
+            n = start + sum(p.numel() for p in group)
+            self.groups.append((value, slice(start, n)))
+        params = [p for group in members.values() for p in group]
+        device = params[0].device
+        self.w = torch.zeros(n, dtype=torch.float32, device=device)
         self.grad = torch.zeros_like(self.w)
         self.m, self.v = (_moment(n, bits, signed, device) for signed in (True, False))
         self.shapes = [list(p.shape) for p in params]
-        self.hyper = torch.zeros(3, dtype=torch.float32, device=device)
+        self.hyper = torch.zeros(len(self.groups), 3, dtype=torch.float32, device=device)
         self.scale: Tensor | None = None  # what clip makes of the gradient, where the step multiplies by it
         self.masters: list[tuple[nn.Parameter, Tensor, Tensor]] = []  # 16-bit parameters, their master and gradient
         self.views: list[tuple[nn.Parameter, Tensor]] = []
         dtypes = {p.dtype for p in params}
         # parameters all of one 16-bit dtype share a buffer too, which the step fills as it goes
         one = dtypes in ({torch.bfloat16}, {torch.float16})
-        self.low = torch.empty(n, dtype=params[0].dtype, device=device) if one else None
+        self.low = torch.zeros(n, dtype=params[0].dtype, device=device) if one else None
+        firsts, i = {}, 0  # where each group's first parameter begins
+        for value, part in self.groups:
+            firsts[i] = part.start
+            i += len(members[value])
         start = 0
-        for p in params:
+        for i, p in enumerate(params):
+            if i in firsts:
+                start = firsts[i]
             part = slice(start, start + p.numel())
             w, g = self.w[part].view_as(p), self.grad[part].view_as(p)
             w.copy_(p.detach())
@@ -95,6 +113,7 @@ class AdamW:
             norm = norm * self.scale
         if limit > 0:
             scale = (limit / (norm + 1e-6)).clamp(max=1.0)
+            scale = torch.where(norm.isfinite(), scale, 1.0)  # leaves to see which gradient it was that is not
             if use_triton(self.grad):
                 self.scale = scale if self.scale is None else self.scale * scale
             else:
@@ -113,7 +132,7 @@ class AdamW:
     def advance(self, lr: float) -> None:
         """Counts a step and puts its rate where `update` reads it, without waiting for the device."""
         self.t += 1
-        values = rates(lr, self.t, self.betas, self.weight_decay)
+        values = [rates(lr * value, self.t, self.betas, self.weight_decay) for value, _ in self.groups]
         # pinned memory that this step alone owns: a device that lags behind must not see a later step's values
         host = torch.tensor(values, dtype=torch.float32, pin_memory=self.hyper.is_cuda)
         self.hyper.copy_(host, non_blocking=True)
@@ -121,9 +140,11 @@ class AdamW:
     @torch.no_grad()
     def update(self, zero: bool = False) -> None:
         """The step on the device: nothing here depends on t or lr but through `hyper`."""
-        buffers: Any = (self.w, self.grad, self.m, self.v, self.hyper)
-        run = adamw8 if self.bits == 8 else adamw
-        run(*buffers, betas=self.betas, eps=self.eps, scale=self.scale, out16=self.low, zero=zero)
+        run: Any = adamw8 if self.bits == 8 else adamw
+        for hyper, (_, part) in zip(self.hyper, self.groups, strict=True):
+            buffers = (self.w[part], self.grad[part], _part(self.m, part), _part(self.v, part), hyper)
+            low = None if self.low is None else self.low[part]
+            run(*buffers, betas=self.betas, eps=self.eps, scale=self.scale, out16=low, zero=zero)
         self.scale = None
         if zero:
             self._forget()
@@ -132,6 +153,7 @@ class AdamW:
     def state_dict(self) -> dict[str, Any]:
         """What the next step depends on, besides the settings: the tensors themselves, not copies."""
         state: dict[str, Any] = {"bits": self.bits, "t": self.t, "shapes": self.shapes, "w": self.w}
+        state["ratios"] = [[value, part.start, part.stop] for value, part in self.groups]
         for name, moment in (("m", self.m), ("v", self.v)):
             if isinstance(moment, Moment8):
                 state |= {name: moment.q, f"{name}_absmax": moment.absmax}
@@ -157,6 +179,8 @@ class AdamW:
         for i, (a, b) in enumerate(zip(theirs, self.shapes, strict=True)):
             if a != b:
                 raise ValueError(f"optimizer state, parameter {i}: {a}; here it is {b}, and order counts")
+        if [list(group) for group in state["ratios"]] != mine["ratios"]:
+            raise ValueError(f"optimizer state with learning-rate ratios {state['ratios']}; here {mine['ratios']}")
         tensors = {key: value for key, value in mine.items() if isinstance(value, Tensor)}
         for key, t in tensors.items():
             got = state[key]
@@ -188,9 +212,9 @@ def _moment(n: int, bits: int, signed: bool, device: torch.device) -> Tensor | M
     return torch.zeros(n, dtype=torch.float32, device=device)
 
 
-def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
-    """The rate of step `step` (from 0) of `steps`: up in a line over warmup * steps steps, then a cosine to 0."""
-    rise = math.ceil(warmup * steps)
-    if step < rise:
-        return peak * (step + 1) / rise
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
+def _part(moment: Tensor | Moment8, part: slice) -> Tensor | Moment8:
+    """What of a moment belongs to the parameters at `part`, which begins at a block."""
+    if isinstance(moment, Moment8):
+        blocks = slice(part.start // BLOCK8, -(-part.stop // BLOCK8))
+        return moment._replace(q=moment.q[part], absmax=moment.absmax[blocks])
+    return moment[part]

@@ -58,7 +58,11 @@ def group_of(*layers: nn.Module) -> Group | None:
         low = None
         if wrapped:
             on = wrapped.on()
-            if len(on) > 1 or any(a.magnitude is not None or (wrapped.training and a.dropout) for a in on):
+            if (
+                len(on) > 1
+                or wrapped.by_row is not None
+                or any(a.magnitude is not None or (wrapped.training and a.dropout) for a in on)
+            ):
                 return None
             low = (on[0].a, on[0].b, on[0].scale) if on else None
         if is_hooked(layer) or is_hooked(base):
