@@ -114,7 +114,7 @@ def test_the_command_packs_and_keeps_its_settings(
     assert "20 rows of prompt and completion (prompt from 'q', completion from 'a')" in captured.err
     assert "split: 0 left out" in captured.err and "rows of 40, " in captured.err
     kept = (tmp_path / "run/config.yaml").read_text()
-    assert "pack: true" in kept and "overlong: split" in kept and "learn: last" in kept and "prompt: q" in kept
+    assert all(line in kept for line in ("pack: true", 'overlong: "split"', 'learn: "last"', '"prompt": "q"'))
 
 
 REFUSED: dict[str, tuple[list[dict[str, Any]], dict[str, Any], str]] = {

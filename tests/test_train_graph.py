@@ -1,0 +1,95 @@
+"""Recorded batches: the same losses and gradients as without a graph, for every batch of a shape."""
+
+import pytest
+import torch
+
+import lora
+from lora.batch import Batch, Example, collate
+from lora.eval.nll import token_nll
+from lora.models.llama import LlamaConfig
+from lora.train.graph import Graphs, _room
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+def small():
+    torch.manual_seed(0)
+    model = LlamaConfig(
+        vocab_size=97, hidden_size=64, intermediate_size=96, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=16,
+        max_length=128,
+    ).build().requires_grad_(False)  # fmt: skip
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    model = lora.quantize(model.bfloat16() if DEVICE.type == "cuda" else model, "nf4")
+    lora.wrap(model, r=4)
+    for p in model.parameters():
+        if p.requires_grad:
+            torch.nn.init.normal_(p, std=0.1)
+    return model.to(DEVICE).train()
+
+
+def batch(seed: int, rows: int = 3, length: int = 20, learned: int = 9) -> Batch:
+    g = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, 97, (rows, length), generator=g).tolist()
+    marks = tuple(i >= length - learned + seed % 3 for i in range(length))
+    return collate([Example(tuple(row), marks, i) for i, row in enumerate(ids)]).to(DEVICE)
+
+
+def plain(model, b: Batch, n: int) -> tuple[float, dict[str, torch.Tensor]]:
+    model.zero_grad()
+    nll, _ = token_nll(model, b)
+    (nll.sum() / n).backward()
+    return float(nll.detach().sum()) / n, {k: p.grad.clone() for k, p in model.named_parameters() if p.grad is not None}
+
+
+def test_a_batch_runs_as_without_it() -> None:
+    model = small()
+    graphs = Graphs(model)
+    for seed in range(6):
+        b = batch(seed)
+        n = b.target.numel() + seed
+        want, gradients = plain(model, b, n)
+        for p in model.parameters():
+            if p.grad is not None:
+                p.grad.zero_()
+        loss, hits = graphs.run(b, n)
+        assert float(loss) == pytest.approx(want, rel=1e-5) and 0 <= int(hits) <= n
+        for k, p in model.named_parameters():
+            if p.requires_grad:
+                torch.testing.assert_close(p.grad, gradients[k], rtol=1e-3, atol=1e-5)
+    assert len(graphs.graphs) == (1 if DEVICE.type == "cuda" else 0)
+
+
+@on_gpu
+def test_gradients_add_up_over_batches() -> None:
+    model = small()
+    graphs = Graphs(model)
+    for _ in range(2):  # seen, then recorded
+        graphs.run(batch(0), 10)
+    model.zero_grad(set_to_none=False)
+    graphs.run(batch(1), 10)
+    graphs.run(batch(2), 10)
+    got = {k: p.grad.clone() for k, p in model.named_parameters() if p.requires_grad}
+    one, two = plain(model, batch(1), 10)[1], plain(model, batch(2), 10)[1]
+    for k, g in got.items():
+        torch.testing.assert_close(g, one[k] + two[k], rtol=1e-3, atol=1e-5)
+
+
+def test_room_is_little_more_than_needed() -> None:
+    for n in range(1, 3000):
+        assert n <= _room(n) <= max(16, 1.25 * n + 16)
+
+
+@on_gpu
+def test_a_run_with_graphs_equals_one_without(stories, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [{"prompt": f"Once upon {i} ", "completion": "a time there was a dog."} for i in range(8)]
+    losses = []
+    for tokens in (8192, 0):
+        monkeypatch.setattr("lora.train.graph.TOKENS", tokens)
+        model, tokenizer = lora.load(stories, quantize="nf4", dtype="bfloat16", device="cuda")
+        torch.manual_seed(1)
+        lora.wrap(model, r=4)
+        config = lora.TrainConfig(max_steps=8, batch=2, lr=1e-3, progress=False)
+        losses.append([h["loss"] for h in lora.fit(model, tokenizer, rows, config=config).history if "loss" in h])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3) and losses[0][-1] < losses[0][0]
