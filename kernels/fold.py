@@ -169,57 +169,6 @@ def spread_b(group: Group, out: Tensor, scaled: bool) -> None:
         row, at = row + n, at + r
 
 
-class _Side:
-    """A stream that decodes weights beside the products, into two buffers in turn.
-
-    A decode waits only for the product that used its buffer last, so it runs while the one before still computes.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.stream = torch.cuda.Stream(device)
-        self.slot = 0
-        self.free: list[torch.cuda.Event | None] = [None, None]
-
-    def begin(self) -> None:
-        """A step begins: weights are as the current stream leaves them, and no buffer is in use after it."""
-        self.stream.wait_stream(torch.cuda.current_stream())
-        self.free = [None, None]
-
-    def decode(self, weights: "Sequence[Weight4 | Tensor]", out: Tensor) -> None:
-        here = torch.cuda.current_stream()
-        event = self.free[self.slot]
-        if event is None:
-            self.stream.wait_stream(here)
-        else:
-            self.stream.wait_event(event)
-        with torch.cuda.stream(self.stream):
-            _decode(weights, out)
-        here.wait_stream(self.stream)
-
-    def done(self) -> None:
-        """The product that reads the buffer has been launched."""
-        self.free[self.slot] = torch.cuda.current_stream().record_event()
-        self.slot = 1 - self.slot
-
-
-_sides: dict[torch.device, _Side] = {}
-
-
-def _side(device: torch.device) -> _Side | None:
-    if device.type != "cuda":
-        return None
-    if device not in _sides:
-        _sides[device] = _Side(device)
-    return _sides[device]
-
-
-def begin(device: torch.device) -> None:
-    """To be called before the first `forward` of a step: what was done to weights before it counts."""
-    side = _side(device)
-    if side is not None:
-        side.begin()
-
-
 def _decode(weights: Sequence[Weight4 | Tensor], out: Tensor) -> None:
     """The weights one under the other into `out` (Σ N, K), whose rows may lie apart."""
     row = 0
@@ -243,9 +192,8 @@ def forward(group: Group, xw: Tensor, t: Tensor | None = None, add: Tensor | Non
     """
     K, room, R = group.K, group.room, sum(group.ranks)
     M, N = xw.shape[0], sum(group.sizes)
-    side = _side(xw.device)
-    buffer = wide(N, K, room, xw, f"weight{side.slot if side else 0}")
-    (side.decode if side else _decode)(group.weights, buffer[:, :K])
+    buffer = wide(N, K, room, xw, "weight")
+    _decode(group.weights, buffer[:, :K])
     if room:
         spread_b(group, buffer[:, K:], scaled=False)
         if R and t is None:
@@ -256,8 +204,6 @@ def forward(group: Group, xw: Tensor, t: Tensor | None = None, add: Tensor | Non
     else:
         out = torch.empty(M, N, dtype=xw.dtype, device=xw.device) if out is None else out
         y = torch.mm(xw, buffer.T, out=out)
-    if side:
-        side.done()
     return y, t
 
 
@@ -269,9 +215,8 @@ def backward(group: Group, dyw: Tensor, t: Tensor | None, out: Tensor | None = N
     K, R, N = group.K, sum(group.ranks), sum(group.sizes)
     dy, u, dbs = dyw[:, :N], None, []
     room = dyw.shape[1] - N
-    side = _side(dyw.device)
-    buffer = wide(N + room, K, 0, dyw, f"weight{side.slot if side else 0}")
-    (side.decode if side else _decode)(group.weights, buffer[:N])
+    buffer = wide(N + room, K, 0, dyw, "weight")
+    _decode(group.weights, buffer[:N])
     if R:
         assert t is not None
         b = wide(N, 0, group.room, dyw, "b")
@@ -288,10 +233,7 @@ def backward(group: Group, dyw: Tensor, t: Tensor | None, out: Tensor | None = N
         stack_a(group, buffer[N:], scaled=False)
     if out is None:
         out = torch.empty(dyw.shape[0], K, dtype=dyw.dtype, device=dyw.device)
-    dx = torch.mm(dyw, buffer, out=out)
-    if side:
-        side.done()
-    return dx, u, dbs
+    return torch.mm(dyw, buffer, out=out), u, dbs
 
 
 def product32(a: Tensor, b: Tensor) -> Tensor:

@@ -37,13 +37,14 @@ def batch(seed: int, rows: int = 3, length: int = 20, learned: int = 9) -> Batch
 
 
 def plain(model, b: Batch, n: int) -> tuple[float, dict[str, torch.Tensor]]:
-    model.zero_grad()
+    model.zero_grad(set_to_none=False)
     nll, _ = token_nll(model, b)
     (nll.sum() / n).backward()
     return float(nll.detach().sum()) / n, {k: p.grad.clone() for k, p in model.named_parameters() if p.grad is not None}
 
 
-def test_a_batch_runs_as_without_it() -> None:
+def test_a_batch_runs_as_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lora.train.graph.RECORD", True)
     model = small()
     graphs = Graphs(model)
     for seed in range(6):
@@ -62,8 +63,10 @@ def test_a_batch_runs_as_without_it() -> None:
 
 
 @on_gpu
-def test_gradients_add_up_over_batches() -> None:
+def test_gradients_add_up_over_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lora.train.graph.RECORD", True)
     model = small()
+    plain(model, batch(0), 10)
     graphs = Graphs(model)
     for _ in range(2):  # seen, then recorded
         graphs.run(batch(0), 10)
@@ -84,6 +87,7 @@ def test_room_is_little_more_than_needed() -> None:
 @on_gpu
 def test_a_run_with_graphs_equals_one_without(stories, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [{"prompt": f"Once upon {i} ", "completion": "a time there was a dog."} for i in range(8)]
+    monkeypatch.setattr("lora.train.graph.RECORD", True)
     losses = []
     for tokens in (8192, 0):
         monkeypatch.setattr("lora.train.graph.TOKENS", tokens)

@@ -15,12 +15,14 @@ from lora.eval.nll import token_nll
 from lora.render import Batch
 
 TOKENS = 8192  # of a batch, up to which launches matter: 2.7 % of a step at 8192 tokens of an 8B model
+RECORD = False  # off: their GPU test failed when last run (LOG.md, 2026-11-24), and its mend has not been run yet
 SHAPES = 4  # graphs held at once; each keeps its own memory
 
 
 class _Recorded:
     def __init__(self, model: nn.Module, batch: Batch, room: int) -> None:
         device = batch.ids.device
+        self.grads = _places(model)
         self.ids = batch.ids.clone()
         self.at = torch.zeros(room, dtype=torch.int64, device=device)
         self.target = torch.zeros(room, dtype=torch.int64, device=device)
@@ -59,8 +61,12 @@ class Graphs:
         """
         key = (*batch.ids.shape, _room(batch.target.numel()))
         small = batch.ids.is_cuda and batch.ids.numel() <= TOKENS and batch.documents is None
-        if small and key in self.seen and getattr(self.model, "recordable", False):
-            recorded = self.graphs.get(key) or self._record(key, batch)
+        if RECORD and small and key in self.seen and getattr(self.model, "recordable", False):
+            recorded = self.graphs.get(key)
+            if recorded and recorded.grads != _places(self.model):  # it would add to memory that is others' now
+                del self.graphs[key]
+                recorded = None
+            recorded = recorded or self._record(key, batch)
             if recorded:
                 self.graphs.move_to_end(key)
                 return recorded.run(batch, n)
@@ -72,6 +78,8 @@ class Graphs:
 
     def _record(self, key: tuple[int, ...], batch: Batch) -> _Recorded | None:
         """The graph of a new shape; None, and none ever again, where its memory does not fit beside what is there."""
+        if None in _places(self.model):  # a gradient born in a graph would be lost with the next step
+            return None
         if len(self.graphs) == SHAPES:
             self.graphs.popitem(last=False)
         torch.cuda.empty_cache()  # a graph has memory of its own: what the step without it used is of no use to it
@@ -81,6 +89,11 @@ class Graphs:
             return None
         self.graphs[key] = _Recorded(self.model, batch, key[-1])
         return self.graphs[key]
+
+
+def _places(model: nn.Module) -> list[int | None]:
+    """Where the gradients of what trains lie; None for one that is not there yet."""
+    return [None if p.grad is None else p.grad.data_ptr() for p in model.parameters() if p.requires_grad]
 
 
 def _room(n: int) -> int:

@@ -41,7 +41,7 @@ class Widths(NamedTuple):
 
 def fixed_bytes(widths: Widths, tokens: int, itemsize: int) -> int:
     """Bytes that a step takes beside the model however little its blocks keep."""
-    decoded = 2 * (2 * widths.gate + ROOM) * (widths.states + ROOM)  # of the largest weights, two at once
+    decoded = (2 * widths.gate + ROOM) * (widths.states + ROOM)  # of the largest weight
     return (tokens * widths.working() + decoded) * itemsize + 2 * BUDGET_GPU
 
 

@@ -18,7 +18,6 @@ from typing import Any, ClassVar, Self, cast
 import torch
 from torch import Tensor, nn
 
-from lora.kernels import fold
 from lora.kernels.norm import rms_norm
 from lora.kernels.rope import rope
 from lora.kernels.swiglu import swiglu
@@ -357,7 +356,6 @@ class Llama(CausalLM):
         masks = {w: seen(ids.shape[1], used, padding, documents, ids.device, w) for w in windows}
         specs = self.fused(x, masks) if cache is None and torch.is_grad_enabled() and x.device.type in FUSED else None
         if specs is not None:
-            fold.begin(x.device)
             self.recordable = all(spec.keep == "all" for spec in specs)
         for i, b in enumerate(self.model.layers):
             if specs is not None:
