@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from lora.__main__ import main
 
@@ -32,7 +33,8 @@ def test_a_terminated_command_saves_exits_with_143_and_goes_on(
         "def step(*a):\n    time.sleep(0.5)\n    return plain(*a)\n"
         "Steps.step = step\nfrom lora.__main__ import main\nsys.exit(main(sys.argv[1:]))"
     )
-    env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    # as many threads as here: their number is part of what makes the bits
+    env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": str(torch.get_num_threads())}
     out = tmp_path / "cut"
     started = subprocess.Popen(
         [sys.executable, "-P", "-c", slow, *given, "--out", str(out)], env=env, stderr=subprocess.PIPE, text=True
