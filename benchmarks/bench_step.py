@@ -21,6 +21,7 @@ from bench_decode import VOCAB, ours
 from result import finish
 from timing import copy_gb_s, matmul_tflop_s
 
+from lora.models.budget import parse_bytes
 from lora.models.llama import Llama
 from lora.render import Batch, Example, collate
 from lora.train import graph
@@ -30,9 +31,10 @@ from lora.train.optim import AdamW
 
 def measure(model: Llama, optimizer: AdamW, batch: int, length: int, keep: str, steps: int, profile: bool) -> dict:
     """One row of the table."""
-    model.keep, model.kept, model.budget = keep, (0, []), None
+    keeping = model.keeping
+    keeping.keep, keeping.chosen, keeping.budget = keep, (0, []), None
     if keep.endswith("GiB"):
-        model.keep, model.budget = None, int(float(keep.removesuffix("GiB")) * 2**30)
+        keeping.keep, keeping.budget = None, parse_bytes(keep)
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
     base = torch.cuda.memory_allocated()
@@ -61,7 +63,8 @@ def measure(model: Llama, optimizer: AdamW, batch: int, length: int, keep: str, 
     return {
         "batch": batch, "length": length, "keep": keep, "ms": round(1e3 * took, 1),
         "tok_s": round(batch * length / took), "peak_GiB": round(torch.cuda.max_memory_allocated() / 2**30, 2),
-        "base_GiB": round(base / 2**30, 2), "blocks_whole": model.kept[1].count("all"), "loss": round(loss.item(), 3),
+        "base_GiB": round(base / 2**30, 2), "blocks_whole": keeping.chosen[1].count("all"),
+        "loss": round(loss.item(), 3),
     }  # fmt: skip
 
 

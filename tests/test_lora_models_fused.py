@@ -5,6 +5,7 @@ import torch
 
 import lora
 from lora.models import fused, llama
+from lora.models.budget import Widths, fixed_bytes, keep_on_gpu, parse_bytes
 from lora.models.llama import LlamaConfig
 
 
@@ -48,8 +49,8 @@ def test_it_equals_the_plain_path(keep: str, quantize: str | None, bias: bool, o
     on_cpu.setattr(llama, "FUSED", set())
     h0, want = gradients(model, ids, dy)
     on_cpu.setattr(llama, "FUSED", {"cpu"})
-    assert model.fused(model.embed(ids), {None: None}) is not None
-    model.keep = keep
+    assert fused.specs_of(model, model.embed(ids), {None: None}, model.keeping) is not None
+    model.keeping.keep = keep
     h1, got = gradients(model, ids, dy)
     assert want.keys() == got.keys() and len(want) == 3 * 7 * 2
     torch.testing.assert_close(h1, h0, rtol=1e-5, atol=1e-5)
@@ -81,7 +82,7 @@ def test_what_it_cannot_do_takes_the_plain_path(how: str, on_cpu: pytest.MonkeyP
     elif how == "trained norm":
         model.model.layers[2].input_layernorm.weight.requires_grad_(True)
     ids = torch.randint(0, 97, (1, 8))
-    assert model.fused(model.embed(ids), {None: None}) is None
+    assert fused.specs_of(model, model.embed(ids), {None: None}, model.keeping) is None
     assert model(ids).requires_grad
 
 
@@ -103,9 +104,31 @@ def test_on_a_gpu_it_is_as_good_as_the_plain_path(keep: str, monkeypatch: pytest
             p.data = p.data.float()
     h0, plain = gradients(model, ids, dy.bfloat16())
     monkeypatch.setattr(llama, "FUSED", {"cuda"})
-    model.keep = keep
+    model.keeping.keep = keep
     h1, got = gradients(model, ids, dy.bfloat16())
     error = lambda a, b: float((a.double() - b.double()).norm() / b.double().norm())  # noqa: E731
     assert error(h1, h64) <= 1.3 * error(h0, h64)
     for name in want:
         assert error(got[name], want[name]) <= 1.5 * error(plain[name], want[name]) + 1e-3, name
+
+
+def test_blocks_are_kept_whole_as_far_as_memory_goes() -> None:
+    widths = Widths(states=4096, qkv=6144, attended=4096, gate=14336, blocks=32)
+    tokens, itemsize = 8192, 2
+    least, block = fixed_bytes(widths, tokens, itemsize), tokens * itemsize * widths.kept()
+    assert keep_on_gpu(widths, tokens, itemsize, 0) == ["host"] * 32
+    assert keep_on_gpu(widths, tokens, itemsize, least + 3 * block) == ["host"] * 29 + ["all"] * 3
+    assert keep_on_gpu(widths, tokens, itemsize, least + 99 * block) == ["all"] * 32
+    # measured on an H100: 32 blocks kept whole take 24.3 GiB more than none
+    assert 32 * block / 2**30 == pytest.approx(23.0, abs=1.5)
+
+
+@pytest.mark.parametrize(("text", "want"), [("24GiB", 24 * 2**30), ("500MiB", 500 * 2**20), ("24GB", 24 * 10**9)])
+def test_sizes_of_memory_are_read(text: str, want: int) -> None:
+    assert parse_bytes(text) == want
+
+
+@pytest.mark.parametrize("text", ["", "GiB", "-1GiB", "lots", "nanGiB"])
+def test_what_is_no_size_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="no size of memory"):
+        parse_bytes(text)

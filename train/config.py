@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from lora.lengths import OVERLONG
+from lora.models.budget import parse_bytes
 from lora.render import LEARN
 from lora.train.schedule import SCHEDULES
 
@@ -47,6 +48,8 @@ class TrainConfig:
         log_every: steps between lines of the log
         seed: of the order of the rows and of dropout
         out: run directory; None writes nothing
+        budget: what tensors may take on a GPU in all, 24GiB say: blocks that do not fit are kept on the host; None is
+            what is free
         progress: show a progress bar, or a line a log entry where there is no terminal
         pack: put several texts into each row of max_length tokens, without their seeing each other; `batch` then
             counts such rows
@@ -85,6 +88,7 @@ class TrainConfig:
     seed: int = 42
     out: str | None = None
     progress: bool = True
+    budget: str | None = None
     # data
     pack: bool = False
     overlong: str = "error"
@@ -103,6 +107,8 @@ class TrainConfig:
                 raise ValueError(f"{key}={value!r}: a whole number, at least 1, or None")
         if self.optim_bits not in (32, 8):
             raise ValueError(f"optim_bits={self.optim_bits!r}: 32 or 8")
+        if self.budget is not None:
+            parse_bytes(self.budget)
         if self.schedule not in SCHEDULES:
             raise ValueError(f"schedule={self.schedule!r}: one of {', '.join(SCHEDULES)}")
         for key in ("epochs", "lr", "eps", "lora_plus"):

@@ -61,7 +61,7 @@ class Graphs:
         """
         key = (*batch.ids.shape, _room(batch.target.numel()))
         small = batch.ids.is_cuda and batch.ids.numel() <= TOKENS and batch.documents is None
-        if RECORD and small and key in self.seen and getattr(self.model, "recordable", False):
+        if RECORD and small and key in self.seen and _recordable(self.model):
             recorded = self.graphs.get(key)
             if recorded and recorded.grads != _places(self.model):  # it would add to memory that is others' now
                 del self.graphs[key]
@@ -77,18 +77,22 @@ class Graphs:
         return loss.detach(), hit.sum()
 
     def _record(self, key: tuple[int, ...], batch: Batch) -> _Recorded | None:
-        """The graph of a new shape; None, and none ever again, where its memory does not fit beside what is there."""
+        """The graph of a new shape; None where its memory does not fit beside what is there."""
         if None in _places(self.model):  # a gradient born in a graph would be lost with the next step
             return None
         if len(self.graphs) == SHAPES:
             self.graphs.popitem(last=False)
         torch.cuda.empty_cache()  # a graph has memory of its own: what the step without it used is of no use to it
         free, _ = torch.cuda.mem_get_info(batch.ids.device)
-        if free < 1.1 * self.model.needs(batch.ids.numel()):
-            self.model.recordable = False
+        if free < 1.1 * self.model.keeping.needs(batch.ids.numel(), self.model.place()[1].itemsize):
             return None
         self.graphs[key] = _Recorded(self.model, batch, key[-1])
         return self.graphs[key]
+
+
+def _recordable(model: Any) -> bool:
+    keeping = getattr(model, "keeping", None)
+    return keeping is not None and keeping.recordable
 
 
 def _places(model: nn.Module) -> list[int | None]:

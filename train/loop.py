@@ -24,6 +24,8 @@ from lora.files import refuse_filled, write_text
 from lora.kernels.scratch import keep_pages
 from lora.layer import Adapter, adapted
 from lora.models.base import Model, refuse_encoder
+from lora.models.budget import parse_bytes
+from lora.models.llama import Llama
 from lora.models.save import save_pretrained
 from lora.models.tokenizer import Tokenizer
 from lora.rows import Data, Row
@@ -161,6 +163,12 @@ def prepare(model: nn.Module, tokenizer: Tokenizer, train: Data, valid: Data | N
         "base": base_digest(model),
         "parameters": names + adapters,
     }
+    if config.budget and isinstance(model, Llama):
+        model.keeping.budget = parse_bytes(config.budget)
+    elif config.budget:
+        raise ValueError(
+            f"budget={config.budget!r} is kept by the Llama family's blocks, and this is {type(model).__name__}"
+        )
     torch.manual_seed(config.seed)
     keep_pages()  # a step frees and allocates the same hundreds of MB again and again
     optimizer = AdamW(

@@ -80,14 +80,14 @@ def recomputed(model: nn.Module, on: bool = True) -> Iterator[None]:
     for layer in layers:
         layer.forward = _twice(layer.forward)
     ours = model if isinstance(model, Llama) else None  # its blocks may run as one step each, with a word of their own
-    before = ours.keep if ours else None
+    before = ours.keeping.keep if ours else None
     if ours:
-        ours.keep = "input"
+        ours.keeping.keep = "input"
     try:
         yield
     finally:
         if ours:
-            ours.keep = before
+            ours.keeping.keep = before
         for layer in layers:
             del layer.forward  # the class's own comes back
 

@@ -7,12 +7,15 @@ kept whole or not at all.  The last blocks are kept, since their turn in the bac
 Source: figures of benchmarks/bench_step.py in LOG.md.
 """
 
-from typing import NamedTuple
+import math
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from lora.kernels.cross_entropy import BUDGET_GPU
 from lora.kernels.fold import ROOM
+from lora.models.host import Host
 
 MARGIN = 0.03  # of the card, for what nobody counts: fragments, libraries' workspaces
 
@@ -59,3 +62,54 @@ def free_bytes(device: torch.device, limit: int | None = None) -> int:
     allocated, reserved = torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device)
     free = driver + reserved - allocated - int(MARGIN * total)
     return free if limit is None else min(free, limit - allocated)
+
+
+class Keeping:
+    """What the blocks of one model keep, as its user wishes or as memory allows.
+
+    Attributes:
+        keep: a word of `fused.KEEPS` for all blocks, or one for each; None goes by what is free
+        budget: bytes that tensors may take on the GPU in all; None is what is free
+        recordable: whether the last step ran fused with all kept on the GPU, and so fits a CUDA graph
+    """
+
+    def __init__(self, config: Any) -> None:
+        c = config
+        heads = (c.num_heads + 2 * c.num_kv_heads) * c.head_dim
+        self.widths = Widths(c.hidden_size, heads, c.num_heads * c.head_dim, c.intermediate_size, c.num_layers)
+        self.keep: str | list[str] | None = None
+        self.budget: int | None = None
+        self.recordable = False
+        self.host = Host()
+        self.chosen: tuple[int, list[str]] = (0, [])  # tokens of the largest step so far, and what goes with it
+
+    def choose(self, x: Tensor) -> list[str]:
+        """What each block keeps of a step over the states x (B, T, d); decided anew only for a larger step."""
+        tokens = x.shape[0] * x.shape[1]
+        if isinstance(self.keep, list):
+            return self.keep
+        if self.keep is not None or not x.is_cuda:
+            return [self.keep or "all"] * self.widths.blocks
+        if tokens > self.chosen[0]:
+            free = free_bytes(x.device, self.budget)
+            self.chosen = tokens, keep_on_gpu(self.widths, tokens, x.element_size(), free)
+        return self.chosen[1]
+
+    def needs(self, tokens: int, itemsize: int) -> int:
+        """Bytes that a step takes at most, beside the model, with all kept."""
+        whole = self.widths.blocks * tokens * self.widths.kept() * itemsize
+        return fixed_bytes(self.widths, tokens, itemsize) + whole
+
+
+def parse_bytes(text: str) -> int:
+    """24GiB, 500MiB or 8e9 as bytes."""
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("GB", 10**9), ("", 1)):
+        if text.endswith(unit):
+            try:
+                value = float(text.removesuffix(unit)) * size
+            except ValueError:
+                break
+            if math.isfinite(value) and value > 0:
+                return int(value)
+            break
+    raise ValueError(f"{text!r} is no size of memory; write 24GiB, 500MiB or 24GB")

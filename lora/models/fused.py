@@ -13,9 +13,10 @@ Every layer's update rides in its base's product (kernels/fold.py).  Same loss a
 Source: the order of operations is ours; the formulas are those of llama.py and of the kernels.
 """
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +29,8 @@ from lora.kernels.rope import turn_into
 from lora.kernels.scratch import borrowed, mine
 from lora.kernels.swiglu import swiglu_backward, swiglu_forward
 from lora.layer import LoRALinear, is_hooked
+from lora.models.base import Mask, attention
+from lora.models.budget import Keeping
 from lora.models.host import Host
 from lora.quant.linear import Linear4bit
 
@@ -269,3 +272,26 @@ class _Block(torch.autograd.Function):
 def block(x: Tensor, cos: Tensor, sin: Tensor, spec: Spec, layer: int) -> Tensor:
     """The block's output (B, T, d) for x (B, T, d); cos and sin (B or 1, T, 1, D/2) as llama.py makes them."""
     return _Block.apply(x, cos, sin, spec, layer, *factors(spec.groups))
+
+
+def specs_of(model: Any, x: Tensor, masks: Mapping[int | None, Mask], keeping: Keeping) -> list[Spec] | None:
+    """What `block` needs of every block of a Llama; None where one of them needs the plain path.
+
+    That is: norms on q and k, trained norms or biases, hooks, dropout, DoRA, and several adapters at once.
+    """
+    c, specs = model.config, []
+    keep = keeping.choose(x)
+    keeping.recordable = False
+    for i, b in enumerate(model.model.layers):
+        at, mlp, n1, n2 = b.self_attn, b.mlp, b.input_layernorm, b.post_attention_layernorm
+        layers = ((at.q_proj, at.k_proj, at.v_proj), (at.o_proj,), (mlp.gate_proj, mlp.up_proj), (mlp.down_proj,))
+        groups = tuple(group_of(*layer) for layer in layers)
+        if None in groups or c.qk_norm or any(is_hooked(m) for m in (b, at, mlp, n1, n2)):
+            return None
+        if any(n.weight.requires_grad or n.weight.dtype != x.dtype for n in (n1, n2)):
+            return None
+        attend = functools.partial(attention, mask=masks[c.window(i)])
+        heads = (c.num_heads, c.num_kv_heads, c.head_dim)
+        specs.append(Spec((n1.weight, n2.weight), c.eps, cast(Any, groups), heads, attend, keep[i], keeping.host))
+    keeping.recordable = all(spec.keep == "all" for spec in specs)
+    return specs

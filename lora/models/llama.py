@@ -11,9 +11,8 @@ Source: arXiv:2302.13971, arXiv:2407.21783; numbers equal transformers' LlamaFor
 
 import functools
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self, cast
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -21,12 +20,11 @@ from torch import Tensor, nn
 from lora.kernels.norm import rms_norm
 from lora.kernels.rope import rope
 from lora.kernels.swiglu import swiglu
-from lora.layer import is_hooked, together
+from lora.layer import together
 from lora.models import fused
 from lora.models.base import Cache, CausalLM, Mask, attention, ints, new_embedding, seen
-from lora.models.budget import Widths, fixed_bytes, free_bytes, keep_on_gpu
+from lora.models.budget import Keeping
 from lora.models.documents import Documents
-from lora.models.host import Host
 
 FUSED = {"cuda"}  # devices on which training takes fused.py's blocks; on a CPU autograd's own path is as good
 
@@ -279,56 +277,7 @@ class Llama(CausalLM):
         self.model = Layers(config, self.block, self.last_norm)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.tie()
-        self.keep: str | list[str] | None = None  # what blocks keep for the backward (fused.KEEPS); None: what fits
-        self.budget: int | None = None  # bytes that tensors may take on the GPU in all; None: what is free
-        self.host = Host()
-        self.recordable = False  # whether the last training step can be recorded: fused, and all kept on the GPU
-        self.kept: tuple[int, list[str]] = (0, [])  # tokens of the largest step so far, and what was chosen for it
-
-    def fused(self, x: Tensor, masks: Mapping[int | None, Mask]) -> list[fused.Spec] | None:
-        """What `fused.block` needs of every block; None where one of them needs the plain path."""
-        c, blocks = self.config, self.model.layers
-        if c.qk_norm or self.block is not Block:
-            return None
-        specs: list[fused.Spec] = []
-        keep = self.keeps(x)
-        for i, b in enumerate(blocks):
-            assert isinstance(b, Block)
-            norms = (b.input_layernorm.weight, b.post_attention_layernorm.weight)
-            at, mlp = b.self_attn, b.mlp
-            layers = ((at.q_proj, at.k_proj, at.v_proj), (at.o_proj,), (mlp.gate_proj, mlp.up_proj), (mlp.down_proj,))
-            groups = tuple(fused.group_of(*layer) for layer in layers)
-            hooked = any(is_hooked(m) for m in (b, at, mlp, b.input_layernorm, b.post_attention_layernorm))
-            if hooked or None in groups or any(n.requires_grad or n.dtype != x.dtype for n in norms):
-                return None
-            attend = functools.partial(attention, mask=masks[c.window(i)])
-            heads = (c.num_heads, c.num_kv_heads, c.head_dim)
-            specs.append(fused.Spec(norms, c.eps, cast(Any, groups), heads, attend, keep[i], self.host))
-        return specs
-
-    def widths(self) -> Widths:
-        c = self.config
-        heads = (c.num_heads + 2 * c.num_kv_heads) * c.head_dim
-        return Widths(c.hidden_size, heads, c.num_heads * c.head_dim, c.intermediate_size, c.num_layers)
-
-    def needs(self, tokens: int) -> int:
-        """Bytes that a training step over so many tokens takes at most, beside the model, with all kept."""
-        widths, itemsize = self.widths(), self.place()[1].itemsize
-        return fixed_bytes(widths, tokens, itemsize) + widths.blocks * tokens * widths.kept() * itemsize
-
-    def keeps(self, x: Tensor) -> list[str]:
-        """What each block keeps of a step over the states x (B, T, d); decided anew only for a larger step."""
-        c, tokens = self.config, x.shape[0] * x.shape[1]
-        if isinstance(self.keep, str):
-            return [self.keep] * c.num_layers
-        if self.keep is not None:
-            return self.keep
-        if not x.is_cuda:
-            return ["all"] * c.num_layers
-        if tokens > self.kept[0]:
-            free = free_bytes(x.device, self.budget)
-            self.kept = tokens, keep_on_gpu(self.widths(), tokens, x.element_size(), free)
-        return self.kept[1]
+        self.keeping = Keeping(config)
 
     def embedding(self) -> nn.Module:
         return self.model.embed_tokens
@@ -354,9 +303,8 @@ class Llama(CausalLM):
         turns = c.rotations(positions, x.dtype)
         windows = {c.window(i) for i in range(c.num_layers)}
         masks = {w: seen(ids.shape[1], used, padding, documents, ids.device, w) for w in windows}
-        specs = self.fused(x, masks) if cache is None and torch.is_grad_enabled() and x.device.type in FUSED else None
-        if specs is not None:
-            self.recordable = all(spec.keep == "all" for spec in specs)
+        fusable = cache is None and torch.is_grad_enabled() and x.device.type in FUSED and self.block is Block
+        specs = fused.specs_of(self, x, masks, self.keeping) if fusable else None
         for i, b in enumerate(self.model.layers):
             if specs is not None:
                 cos, sin = turns[c.rope_of(i)]
