@@ -6,20 +6,23 @@ that matters and costs Σ length², not (Σ length)².  A kernel for ragged batc
 
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from inspect import signature
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-varlen_attn: Any
-try:
-    from torch.nn.attention.varlen import varlen_attn
-except ImportError:  # before torch 2.10
-    varlen_attn = None
-# newer ones want to be told that key heads serve several query heads
-_GROUPED = {"enable_gqa": True} if varlen_attn and "enable_gqa" in signature(varlen_attn).parameters else {}
+
+@functools.cache
+def _varlen() -> Callable[..., Tensor] | None:
+    """PyTorch's attention of ragged batches; None before torch 2.10.  Its import costs 140 MB, so it waits for a GPU."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    # newer ones want to be told that a key head serves several query heads
+    grouped = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
+    return functools.partial(varlen_attn, **grouped)
 
 
 def document_attention(
@@ -38,8 +41,9 @@ def document_attention(
     of its document, itself counted, and none behind itself.  `scale` defaults to D ** -0.5; `softcap` squeezes the
     scores into ±softcap by tanh.
     """
-    if q.is_cuda and softcap is None and q.dtype in (torch.bfloat16, torch.float16) and varlen_attn is not None:
-        return _ragged(q, k, v, tuple(map(tuple, lengths)), window, scale)
+    varlen = _varlen() if q.is_cuda and softcap is None and q.dtype in (torch.bfloat16, torch.float16) else None
+    if varlen is not None:
+        return _ragged(varlen, q, k, v, tuple(map(tuple, lengths)), window, scale)
     if q.shape[1] > k.shape[1]:
         k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for t in (k, v))
     rows = []
@@ -58,13 +62,19 @@ def _ends(lengths: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
 
 
 def _ragged(
-    q: Tensor, k: Tensor, v: Tensor, lengths: tuple[tuple[int, ...], ...], window: int | None, scale: float | None
+    varlen: Callable[..., Tensor],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: tuple[tuple[int, ...], ...],
+    window: int | None,
+    scale: float | None,
 ) -> Tensor:
     B, _, T, _ = q.shape
     ends, longest = _ends(lengths, q.device), max(max(row) for row in lengths)
     flat = (t.transpose(1, 2).reshape(B * T, t.shape[1], t.shape[3]) for t in (q, k, v))
     before = -1 if window is None else window - 1
-    y = varlen_attn(*flat, ends, ends, longest, longest, window_size=(before, 0), scale=scale, **_GROUPED)
+    y = varlen(*flat, ends, ends, longest, longest, window_size=(before, 0), scale=scale)
     return y.view(B, T, *y.shape[1:]).transpose(1, 2)
 
 
