@@ -8,6 +8,7 @@ import functools
 import itertools
 from collections.abc import Callable, Sequence
 from inspect import signature
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,13 +16,13 @@ from torch import Tensor, nn
 
 @functools.cache
 def _varlen() -> Callable[..., Tensor] | None:
-    """PyTorch's attention of ragged batches; None before torch 2.10.  Its import costs 140 MB, so it waits for a GPU."""
+    """PyTorch's attention of ragged batches, None before torch 2.10; imported on a GPU only, since it costs 140 MB."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
         return None
     # newer ones want to be told that a key head serves several query heads
-    grouped = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
+    grouped: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
     return functools.partial(varlen_attn, **grouped)
 
 
