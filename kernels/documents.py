@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 
 @functools.cache
-def _varlen() -> Callable[..., Tensor] | None:
+def _varlen() -> Callable[..., Any] | None:
     """PyTorch's attention of ragged batches, None before torch 2.10; imported on a GPU only, since it costs 140 MB."""
     try:
         from torch.nn.attention.varlen import varlen_attn

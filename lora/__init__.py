@@ -7,6 +7,7 @@ What stands above the adapters (loading, training, evaluating) is imported when 
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from lora.combine import combine as combine
 from lora.config import LoRAConfig as LoRAConfig
 from lora.export import export as export
 from lora.merge import merge as merge
@@ -55,6 +56,7 @@ __all__ = [
     "detach",
     "disabled",
     "evaluate",
+    "combine",
     "export",
     "fit",
     "generate",

@@ -16,6 +16,7 @@ from typing import Any
 from jsonargparse import ArgumentParser, Namespace
 
 import lora
+from lora.combine import METHODS
 from lora.eval.evaluate import METRICS
 from lora.export import TARGETS
 from lora.files import read_json, refuse_filled
@@ -418,6 +419,24 @@ def _export(a: Namespace) -> None:
         print("\n".join([f"mended: {f}" for f in found] + [f"{a.out}: ready for {a.target}"]))
 
 
+# ---- combine ----
+def _combine_arguments() -> ArgumentParser:
+    p = ArgumentParser(description="Add adapters up into one, with weights; or bring one to a lower rank.")
+    p.add_argument("adapters", nargs="+", type=str, help="adapter folders of one base")
+    p.add_argument("--out", type=str, required=True, help="folder to write; must not hold anything")
+    p.add_argument("--weights", type=str, default=None, help="one each, commas between them; 1 each")
+    p.add_argument("--method", choices=METHODS, default="cat", help="cat is exact, svd has the rank you say")
+    p.add_argument("--rank", type=int | None, default=None, help="of the result, for svd")
+    _json_flag(p)
+    return p
+
+
+def _combine(a: Namespace) -> None:
+    weights = _list(a, "weights", float) if a.weights else None
+    made = lora.combine(a.adapters, a.out, weights, a.method, a.rank)
+    print(json.dumps({"out": a.out, "r": made.r, "error": made.error, "errors": made.errors}) if a.json else made)
+
+
 # ---- shared flags ----
 def _model_flags(p: ArgumentParser, quantize: bool = True, required: bool = True) -> None:
     kind: Any = {"type": str, "required": True} if required else {"type": str | None, "default": None}
@@ -449,6 +468,7 @@ _COMMANDS: dict[str, tuple[Callable[[], ArgumentParser], Callable[[Namespace], N
     "quantize": (_quantize_arguments, _quantize),
     "merge": (_merge_arguments, _merge),
     "export": (_export_arguments, _export),
+    "combine": (_combine_arguments, _combine),
 }
 
 if __name__ == "__main__":

@@ -75,6 +75,29 @@ def check(layers: Mapping[str, Adapted], text: str, source: str) -> str | None:
     )
 
 
+def same_base(one: str, other: str) -> bool:
+    """Whether two fingerprints may be of one base, in whatever precision; yes where they share no layer.
+
+    Raises ValueError where one is damaged.
+    """
+    try:
+        return _agree(json.loads(one), json.loads(other))
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        raise ValueError(f"a fingerprint of the base is damaged ({e})") from None
+
+
+def _agree(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
+    total, far = 0, 0
+    for name in a.keys() & b.keys():
+        x, y = _values(a[name]["value"]), _values(b[name]["value"])
+        if x.shape != y.shape:
+            return False
+        reach = _values(a[name]["reach"]) + _values(b[name]["reach"])
+        far += int(((x - y).abs() > reach + 1e-30).sum())
+        total += x.numel()
+    return far <= STRAY * total
+
+
 def _sample(name: str, layer: nn.Module) -> tuple[Tensor, Tensor, str] | None:
     """Weights at this layer's place, how far each may be from what it was rounded from, and the format's name."""
     weight = getattr(layer, "weight", None)

@@ -196,7 +196,7 @@ def attach(
                     if part.magnitude is not None:
                         part.magnitude.copy_(parts[path]["m"])
             part.requires_grad_(trainable)
-        sketch = _metadata(directory).get(KEY)
+        sketch = metadata_of(directory).get(KEY)
         if sketch and not any_base:
             told = check({n: layer for n, layer in adapted(model) if name in layer.adapters}, sketch, str(directory))
             if told:
@@ -244,7 +244,8 @@ def read_adapter(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return config, tensors
 
 
-def _metadata(directory: Path) -> dict[str, str]:
+def metadata_of(directory: Path) -> dict[str, str]:
+    """What an adapter's tensor file says about itself."""
     with safe_open(directory / WEIGHTS, framework="pt") as f:
         return f.metadata() or {}
 
