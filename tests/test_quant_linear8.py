@@ -1,5 +1,7 @@
 """Eight-bit weights: the numbers of bitsandbytes, gradients, and checkpoints in its layout, read and written."""
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -103,3 +105,48 @@ def test_a_layout_that_is_not_by_rows_is_refused(folder: Path, tmp_path: Path) -
     save_file(stored, file)
     with pytest.raises(ValueError, match=r"up_proj\.weight is no int8 matrix stored row by row"):
         lora.load(tmp_path / "out")
+
+
+def theirs8(weight: torch.Tensor, bias: torch.Tensor | None = None):
+    """A layer of bitsandbytes in 8 bits, quantized by bitsandbytes."""
+    bnb = pytest.importorskip("bitsandbytes")
+    layer = bnb.nn.Linear8bitLt(weight.shape[1], weight.shape[0], bias=bias is not None, has_fp16_weights=False)
+    layer.load_state_dict({"weight": weight} | ({} if bias is None else {"bias": bias}))
+    return layer.to("cpu")
+
+
+def test_a_checkpoint_of_bitsandbytes_is_read_bit_equal(folder: Path, tmp_path: Path) -> None:
+    model = transformers.Qwen2ForCausalLM.from_pretrained(folder)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, torch.nn.Linear) and name != "lm_head":
+            bias = None if module.bias is None else module.bias.data
+            model.set_submodule(name, theirs8(module.weight.data, bias))
+    state = {k: v.contiguous() for k, v in model.state_dict().items() if not k.startswith("lm_head")}
+    state |= {"lm_head.weight": model.lm_head.weight.detach().clone()}
+    out = tmp_path / "theirs"
+    shutil.copytree(folder, out)
+    save_file(state, out / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((out / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_8bit": True, "load_in_4bit": False}
+    (out / "config.json").write_text(json.dumps(config))
+    read, _ = lora.load(out, device="cpu")
+    layers = {name: m for name, m in read.named_modules() if isinstance(m, Linear8bit)}
+    assert len(layers) == 14
+    for name, layer in layers.items():
+        assert torch.equal(layer.weight, state[f"{name}.weight"]), name
+        assert torch.equal(layer.SCB, state[f"{name}.SCB"]), name
+
+
+def test_our_checkpoint_is_read_by_bitsandbytes_bit_equal(folder: Path, tmp_path: Path) -> None:
+    packed, tokenizer = lora.load(folder, quantize="int8", device="cpu")
+    lora.save_pretrained(packed, tokenizer, tmp_path / "out", dtype=torch.float32)
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    for name, ours in packed.named_modules():
+        if not isinstance(ours, Linear8bit):
+            continue
+        theirs = theirs8(torch.randn(ours.out_features, ours.in_features), ours.bias)
+        theirs.load_state_dict({k.removeprefix(f"{name}."): v for k, v in stored.items() if k.startswith(f"{name}.")})
+        assert torch.equal(theirs.weight.data, ours.weight) and torch.equal(theirs.weight.SCB, ours.SCB), name
+        x = torch.randn(3, ours.in_features)
+        # bitsandbytes rounds the input to 8 bits too
+        torch.testing.assert_close(theirs(x).float(), ours(x), rtol=0, atol=0.05 * float(ours(x).abs().max()))
