@@ -87,7 +87,8 @@ class _Linear4(torch.autograd.Function):
         ctx.still = [(len(w.scales), w.block, w.shape) for w in weights]
         ctx.scale, ctx.buffers = scale, mine()
         kept = [t for w in weights for t in (w.q, w.table, w.permute, *w.scales)]
-        ctx.save_for_backward(x if have else None, xa, *a_s, *b_s, *kept)
+        needs_x = any(ctx.needs_input_grad[4::3])  # only the gradient of a factor a reads it
+        ctx.save_for_backward(x if needs_x else None, xa, *a_s, *b_s, *kept)
         if len(ys) == 1:
             # not .view: the result must be no view, so that a further update can be added to it in place
             return torch.ops.aten._unsafe_view(y, [*x.shape[:-1], y.shape[1]])
@@ -108,14 +109,13 @@ class _Linear4(torch.autograd.Function):
         have = [a for a in a_s if a is not None]
         dxa = None
         if have:
-            flat = x.reshape(-1, x.shape[-1])
             dxa = torch.empty_like(xa)  # (M, Σ r)
             r0 = 0
             for dy, a, b, s in zip(dys, a_s, b_s, scale, strict=True):
                 if a is not None:
                     torch.mul(gemm.matmul(dy, b), s, out=dxa[:, r0 : r0 + a.shape[0]])  # (M, N) (N, r)
                     r0 += a.shape[0]
-            da = gemm.matmul(dxa.T, flat)  # (Σ r, M) (M, K)
+            da = None if x is None else gemm.matmul(dxa.T, x.reshape(-1, x.shape[-1]))  # (Σ r, M) (M, K)
         r0 = 0
         for i, (dy, a, s) in enumerate(zip(dys, a_s, scale, strict=True)):
             out.append(dy.sum(dim=0) if ctx.needs_input_grad[3 + 3 * i] else None)
@@ -123,7 +123,7 @@ class _Linear4(torch.autograd.Function):
                 out += [None, None]
                 continue
             r1 = r0 + a.shape[0]
-            out += [da[r0:r1], (dy.T @ xa[:, r0:r1]).mul_(s)]  # (N, M) (M, r)
+            out += [None if da is None else da[r0:r1], (dy.T @ xa[:, r0:r1]).mul_(s)]  # (N, M) (M, r)
             r0 = r1
         if ctx.needs_input_grad[0]:
             dy = dys[0] if n == 1 else _joined(dys)

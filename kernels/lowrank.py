@@ -3,7 +3,7 @@
     y + s (x aᵀ) bᵀ          x (..., K)   a (r, K)   b (N, r)   y (..., N)
     dx = s (dy b) a          da = s (dy b)ᵀ x         db = s dyᵀ (x aᵀ)         dy passes through
 
-Kept for the backward: x (which the layers around it keep too) and the (M, r) product, no full-size copy.
+Kept for the backward: x, where a is trained (layers around it keep it too), and the (M, r) product: no full-size copy.
 Source: LoRA, arXiv:2106.09685, section 4.1.
 """
 
@@ -19,8 +19,8 @@ class _AddLowRank(torch.autograd.Function):
         M, r = x.numel() // x.shape[-1], a.shape[0]
         xa = gemm.linear(x.reshape(M, -1), a)  # (M, K) (K, r) -> (M, r)
         y.view(M, -1).addmm_(xa, b.T, alpha=s)  # (M, r) (r, N)
-        ctx.save_for_backward(x, a, b, xa)
-        ctx.s, ctx.M, ctx.r = s, M, r
+        ctx.save_for_backward(x if ctx.needs_input_grad[2] else None, a, b, xa)  # only da reads x
+        ctx.s, ctx.M, ctx.r, ctx.shape = s, M, r, x.shape
         ctx.mark_dirty(y)
         return y
 
@@ -32,7 +32,7 @@ class _AddLowRank(torch.autograd.Function):
         dx = da = db = None
         dxa = gemm.matmul(flat, b).mul_(ctx.s)  # (M, N) (N, r) -> (M, r)
         if ctx.needs_input_grad[1]:
-            dx = gemm.matmul(dxa, a).view_as(x)
+            dx = gemm.matmul(dxa, a).view(ctx.shape)
         if ctx.needs_input_grad[2]:
             da = gemm.matmul(dxa.T, x.reshape(ctx.M, -1))  # (r, M) (M, K)
         if ctx.needs_input_grad[3]:

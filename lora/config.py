@@ -20,6 +20,8 @@ class LoRAConfig:
         dropout: probability of dropping an element of the adapter's input, in training only
         rslora: scale by alpha / sqrt(r) instead of alpha / r
         dora: learn the length of each row of the weight on its own (dora.py)
+        train_a: False leaves A as it began and trains B alone (LoRA-FA, arXiv:2308.03303): half the states, and a
+            layer need not keep its input for the backward
         rank_pattern: {name or glob: rank}, overriding r
         alpha_pattern: {name or glob: alpha}, overriding alpha
         train_modules: names or globs of whole modules to train beside the adapter (a fresh head, say)
@@ -32,6 +34,7 @@ class LoRAConfig:
     dropout: float = 0.0
     rslora: bool = False
     dora: bool = False
+    train_a: bool = True
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     train_modules: tuple[str, ...] = ()

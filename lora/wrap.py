@@ -25,6 +25,7 @@ def wrap(
     exclude: Sequence[str] = (),
     rslora: bool = False,
     dora: bool = False,
+    train_a: bool = True,
     rank_pattern: dict[str, int] | None = None,
     alpha_pattern: dict[str, float] | None = None,
     train_modules: Sequence[str] = (),
@@ -49,6 +50,7 @@ def wrap(
             exclude=tuple(exclude) if not isinstance(exclude, str) else (exclude,),
             rslora=rslora,
             dora=dora,
+            train_a=train_a,
             rank_pattern=dict(rank_pattern or {}),
             alpha_pattern=dict(alpha_pattern or {}),
             train_modules=tuple(train_modules) if not isinstance(train_modules, str) else (train_modules,),
@@ -106,17 +108,19 @@ def add_adapter(
     modules = candidates(model)
     if isinstance(model, Adapted) or not modules:
         raise TypeError(f"{type(model).__name__} is itself a layer, which cannot replace itself; put it into a module")
-    for target in (*plan, *whole):
-        module, kind = modules[target], TrainedModule if target not in plan else _kind(modules[target])
+    kinds = {target: _kind(modules[target]) if target in plan else TrainedModule for target in (*plan, *whole)}
+    for target, kind in kinds.items():
+        module = modules[target]
         if config.dora and kind is LoRAEmbedding:
             raise ValueError(f"dora is for linear layers, and {target!r} is an embedding; leave it out of the targets")
+        if not config.train_a and kind is LoRAEmbedding:
+            raise ValueError(f"train_a=False is for linear layers, and {target!r} is an embedding, whose A begins at 0")
         if isinstance(module, Adapted) and not isinstance(module, kind):
             raise ValueError(f"{target!r} already carries {type(module).__name__}; it cannot also be {kind.__name__}")
     if not layers:
         model.requires_grad_(False)  # the base; later adapters leave earlier ones as trainable as they were
     made: dict[int, Adapted] = {}  # a module used in two places keeps one adapter for both
-    for target in (*plan, *whole):
-        kind = TrainedModule if target not in plan else _kind(modules[target])
+    for target, kind in kinds.items():
         module = modules[target]
         if id(module) not in made:
             layer: Any = module if isinstance(module, Adapted) else kind(module).train(module.training)
@@ -124,6 +128,7 @@ def add_adapter(
                 layer.add(name)
             else:
                 layer.add(name, *plan[target], config.dropout, config.dora)
+                layer.adapters[name].a.requires_grad_(config.train_a)
             layer.adapters.train(module.training)
             made[id(module)] = layer
         if made[id(module)] is not module:
