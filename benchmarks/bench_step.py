@@ -91,7 +91,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--shape", choices=("8b", "70b"), default="8b")
     parser.add_argument("--steps", type=int, default=5)
-    parser.add_argument("--graphs", action="store_true", help="record batches as CUDA graphs (off in lora.fit as yet)")
+    parser.add_argument("--eager", action="store_true", help="without CUDA graphs")
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--save", action="store_true")
     args = parser.parse_args()
@@ -102,7 +102,7 @@ def main() -> None:
     rows = [{"copy_GB_s": round(copy_gb_s()), "matmul_TFLOP_s": round(matmul_tflop_s())}]
     print(rows[0], flush=True)
     torch.cuda.empty_cache()
-    graph.RECORD = args.graphs
+    graph.RECORD = not args.eager
     model = (ours(80, 8192, 28672, 64) if args.shape == "70b" else ours(args.layers)).requires_grad_(False).train()
     for name, p in model.named_parameters():
         p.requires_grad_(name.endswith((".a", ".b")))

@@ -78,7 +78,7 @@ def test_a_hard_batch_is_no_divergence() -> None:
         watch.see(step, loss, 1e-4)
     for step, loss in ((8, 5.6), (9, 5.6)):
         watch.see(step, loss, 1e-4)
-    with pytest.raises(RuntimeError, match="step 10: loss 5.6 is worse than a guess among 100"):
+    with pytest.raises(RuntimeError, match="step 10: loss 5.6 is no better than a guess among 100"):
         watch.see(10, 5.6, 1e-4)
 
 

@@ -15,7 +15,7 @@ from lora.eval.nll import token_nll
 from lora.render import Batch
 
 TOKENS = 8192  # of a batch, up to which launches matter: 2.7 % of a step at 8192 tokens of an 8B model
-RECORD = False  # off: their GPU test failed when last run (LOG.md, 2026-11-24), and its mend has not been run yet
+RECORD = True  # False runs every batch kernel by kernel
 SHAPES = 4  # graphs held at once; each keeps its own memory
 
 

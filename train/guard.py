@@ -58,7 +58,10 @@ class Signals:
 
 
 class Divergence:
-    """Watches for a loss worse than guessing: above 1.2 ln V, or 1.5 x the first loss where that is more.
+    """Watches for a loss that is no better than guessing, ln V.
+
+    The limit is 0.99 ln V for a run that began below 0.9 ln V: a wild learning rate can flatten a model's output, and
+    its loss then stands at ln V.  A run that began near or above a guess has 1.2 ln V, or 1.5 x its first loss.
 
     One step on hard rows may be; STRIKES in a row, or all but the first of a shorter run, is a run that went astray.
     """
@@ -71,7 +74,8 @@ class Divergence:
     def see(self, step: int, loss: float, lr: float) -> None:
         """Raises RuntimeError at the last strike."""
         if self.limit == math.inf:
-            self.limit = max(1.2 * math.log(self.vocabulary), 1.5 * loss)
+            guess = math.log(self.vocabulary)
+            self.limit = 0.99 * guess if loss < 0.9 * guess else max(1.2 * guess, 1.5 * loss)
         self.strikes = self.strikes + 1 if loss > self.limit else 0
         if self.strikes >= STRIKES:
             raise RuntimeError(self.sentence(step, loss, lr))
@@ -83,7 +87,7 @@ class Divergence:
 
     def sentence(self, step: int, loss: float, lr: float) -> str:
         return (
-            f"step {step}: loss {loss:.4g} is worse than a guess among {self.vocabulary:,} tokens "
+            f"step {step}: loss {loss:.4g} is no better than a guess among {self.vocabulary:,} tokens "
             f"({math.log(self.vocabulary):.4g}) for {self.strikes} steps in a row: the run diverged at learning rate "
             f"{lr:.3g}; nothing was saved from it; take a lower lr"
         )
