@@ -123,7 +123,7 @@ def test_bfloat16_on_a_gpu_follows_its_own_forward(gpu: torch.device, tmp_path: 
         logits = decoder.begin(ids[:, :5], torch.ones(2, 5, dtype=torch.bool, device=gpu))
         for i in range(5, 30):
             right, forward = exact(ids[:, :i])[:, -1], model(ids[:, :i])[:, -1].float()
-            # two roundings of one model, the step's of codes and the forward's of whole weights: one as good as the other
+            # the step rounds codes, the forward whole weights: one as good as the other
             assert (logits - right).norm() <= 2 * (forward - right).norm()
             logits = decoder.step(ids[:, i])
 

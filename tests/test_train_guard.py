@@ -74,12 +74,22 @@ def test_a_run_of_two_steps_that_diverges_says_so(stories: Path) -> None:
 
 def test_a_hard_batch_is_no_divergence() -> None:
     watch = Divergence(100)
-    for step, loss in enumerate([3.0, 50.0, 50.0, 3.0, 50.0, 50.0, 5.4]):
+    for step, loss in enumerate([3.0, 50.0, 50.0, 3.0, 50.0, 50.0, 4.5]):
         watch.see(step, loss, 1e-4)
-    for step, loss in ((8, 5.6), (9, 5.6)):
+    for step, loss in ((8, 4.6), (9, 4.6)):
         watch.see(step, loss, 1e-4)
-    with pytest.raises(RuntimeError, match="step 10: loss 5.6 is no better than a guess among 100"):
-        watch.see(10, 5.6, 1e-4)
+    with pytest.raises(RuntimeError, match="step 10: loss 4.6 is no better than a guess among 100"):
+        watch.see(10, 4.6, 1e-4)
+
+
+def test_a_run_that_begins_near_a_guess_may_stay_there() -> None:
+    watch = Divergence(100)
+    for step in range(10):
+        watch.see(step, 4.6, 1e-4)
+    for step in (10, 11):
+        watch.see(step, 7.0, 1e-4)
+    with pytest.raises(RuntimeError, match="step 12: loss 7 is no better"):
+        watch.see(12, 7.0, 1e-4)
 
 
 def test_a_loss_that_is_not_finite_names_row_and_module(stories: Path, tmp_path: Path) -> None:
