@@ -8,6 +8,7 @@ from lora.batch import Batch, Example, collate
 from lora.eval.nll import token_nll
 from lora.models.llama import LlamaConfig
 from lora.train.graph import Graphs, _room
+from lora.train.optim import AdamW
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -97,3 +98,29 @@ def test_a_run_with_graphs_equals_one_without(stories, monkeypatch: pytest.Monke
         config = lora.TrainConfig(max_steps=8, batch=2, lr=1e-3, progress=False)
         losses.append([h["loss"] for h in lora.fit(model, tokenizer, rows, config=config).history if "loss" in h])
     assert losses[0] == pytest.approx(losses[1], rel=1e-3) and losses[0][-1] < losses[0][0]
+
+
+@on_gpu
+@pytest.mark.parametrize("record", [True, False])
+def test_no_step_waits_for_the_gpu_and_memory_does_not_grow(record: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lora.train.graph.RECORD", record)
+    model = small()
+    optimizer, graphs = AdamW([p for p in model.parameters() if p.requires_grad]), Graphs(model)
+    batches = [batch(seed) for seed in range(6)]
+
+    def step(b: Batch) -> None:
+        graphs.run(b, b.target.numel())
+        optimizer.gather()
+        optimizer.clip(1.0)
+        optimizer.step(1e-5, zero=True)
+
+    for b in batches:
+        step(b)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        before = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
+        for i in range(1000):
+            step(batches[i % 6])
+        assert (torch.cuda.memory_allocated(), torch.cuda.memory_reserved()) == before
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -61,7 +61,8 @@ class Divergence:
     """Watches for a loss that is no better than guessing, ln V.
 
     The limit is 0.99 ln V for a run that began below 0.9 ln V: a wild learning rate can flatten a model's output, and
-    its loss then stands at ln V.  A run that began near or above a guess has 1.2 ln V, or 1.5 x its first loss.
+    its loss then stands at ln V.  A run that began near or above a guess has 1.2 ln V, or 1.5 x its first loss; for it
+    only ln V to five digits counts, which no model gives that still tells one token from another.
 
     One step on hard rows may be; STRIKES in a row, or all but the first of a shorter run, is a run that went astray.
     """
@@ -76,7 +77,8 @@ class Divergence:
         if self.limit == math.inf:
             guess = math.log(self.vocabulary)
             self.limit = 0.99 * guess if loss < 0.9 * guess else max(1.2 * guess, 1.5 * loss)
-        self.strikes = self.strikes + 1 if loss > self.limit else 0
+        flat = math.isclose(loss, math.log(self.vocabulary), rel_tol=1e-5)
+        self.strikes = self.strikes + 1 if loss > self.limit or flat else 0
         if self.strikes >= STRIKES:
             raise RuntimeError(self.sentence(step, loss, lr))
 
