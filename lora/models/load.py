@@ -75,7 +75,7 @@ def load(
             raise ValueError(f"{path}: model_type {kind!r} is not known; there are {', '.join(sorted(FAMILIES))}")
         config, stored = FAMILIES[kind].from_json(raw), stored_dtype(raw)
         tokenizer = Tokenizer.from_directory(path)
-        groups = weights(path)
+        groups = weights(path, device)
     elif not path.exists():
         raise FileNotFoundError(f"{path} does not exist; give a folder with config.json, a .gguf file or a hub name")
     else:
