@@ -14,7 +14,6 @@ The folder gets 16 GB, and is removed afterwards if it was not there before.
 import argparse
 import importlib.util
 import json
-import resource
 import shutil
 import statistics
 import subprocess
@@ -101,6 +100,12 @@ def theirs(folder: Path) -> Any:
     )
 
 
+def resident_peak() -> int:
+    """Largest resident size of this process in bytes; getrusage's would begin with that of the process that started it."""
+    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024
+
+
 def one(who: str, folder: Path) -> dict[str, Any]:
     """One side's row, measured in this process."""
     if who == "ours":
@@ -114,7 +119,7 @@ def one(who: str, folder: Path) -> dict[str, Any]:
     if on_gpu:
         torch.zeros(1, device="cuda")
         torch.cuda.synchronize()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = resident_peak()
     start = time.perf_counter()
     model = {"ours": ours, "theirs": theirs}[who](folder)
     if on_gpu:
@@ -128,8 +133,8 @@ def one(who: str, folder: Path) -> dict[str, Any]:
             "peak_over_gib": round((torch.cuda.max_memory_allocated() - result) / GIB, 3),
             "reserved_gib": round(torch.cuda.max_memory_reserved() / GIB, 3),
         }
-    row["host_gib"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 3)
-    row["host_before_gib"] = round(before / 2**20, 3)
+    row["host_gib"] = round(resident_peak() / GIB, 3)
+    row["host_before_gib"] = round(before / GIB, 3)
     with torch.no_grad():  # it is a model that runs
         ids = torch.zeros(1, 4, dtype=torch.int64, device="cuda" if on_gpu else "cpu")
         y = model(ids)

@@ -27,6 +27,7 @@ from lora.quant.linear import Linear4bit, is_conv1d
 class Adapter(nn.Module):
     """The two factors of one update, its scale and its dropout; for DoRA, the lengths of the rows beside."""
 
+    parts = 1  # adapters in it: see ByRow
     magnitude: nn.Parameter | None  # (out,) float32, DoRA only
     length2: Tensor  # |W|² of the base's rows, DoRA only
 
@@ -46,6 +47,10 @@ class Adapter(nn.Module):
     def r(self) -> int:
         return self.a.shape[0]
 
+    def low(self) -> Low:
+        """What a base that adds the update in its own pass needs of it."""
+        return self.a, self.b, self.scale
+
     def delta(self) -> Tensor:
         """s B A, (out, in) float32."""
         return (self.b.detach().float() @ self.a.detach().float()).mul_(self.scale)
@@ -57,21 +62,27 @@ class Adapter(nn.Module):
 class ByRow:
     """Adapters side by side: each sees its own rows of the batch, so that several train in one pass over the base.
 
-    `parts` are (adapter, first row, row behind the last), in order and without a gap.
+    `members` are (adapter, first row, row behind the last), in order and without a gap.  Where all have as many rows,
+    `stack` may give their factors once more as a (k, r, in), b (k, out, r) and scales (k,) of the same memory, which
+    the fused blocks take (kernels/fold.py).
     """
 
     magnitude, dropout = None, 0.0
 
-    def __init__(self, parts: Sequence[tuple[Adapter, int, int]]) -> None:
-        self.parts = tuple(parts)
+    def __init__(self, members: Sequence[tuple[Adapter, int, int]], stack: tuple[Any, Any, Any] | None = None) -> None:
+        self.members = tuple(members)
+        self.parts, self.stack = len(self.members), stack
+
+    def low(self) -> tuple[Any, Any, Any] | None:
+        return self.stack if self.parts > 1 else self.members[0][0].low()
 
     def add(self, y: Tensor, x: Tensor) -> Tensor:
         """y (B, ..., out) with each row's own update on x (B, ..., in) added."""
-        if x.shape[0] != self.parts[-1][2]:
+        if x.shape[0] != self.members[-1][2]:
             raise RuntimeError(
-                f"adapters by row want {self.parts[-1][2]} rows first in a layer's input, not {x.shape[0]}"
+                f"adapters by row want {self.members[-1][2]} rows first in a layer's input, not {x.shape[0]}"
             )
-        return torch.cat([add_all(y[i:j], x[i:j], [adapter], False) for adapter, i, j in self.parts])
+        return torch.cat([add_all(y[i:j], x[i:j], [adapter], False) for adapter, i, j in self.members])
 
 
 class Adapted(nn.Module):
@@ -140,7 +151,7 @@ class LoRALinear(Adapted):
         on = self.on()
         if not on or isinstance(on[0], ByRow) or (self.training and on[0].dropout):
             return None, on
-        return (on[0].a, on[0].b, on[0].scale), on[1:]
+        return on[0].low(), on[1:]
 
     def delta(self) -> Tensor:
         """What the active adapters add to the weight, in the base's own layout, float32."""

