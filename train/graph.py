@@ -1,8 +1,9 @@
 """A batch's forward and backward as one CUDA graph: small batches are bound by launches, not by the GPU.
 
 A step of an 8B model over 512 tokens launches some 5,000 kernels: 320 ms from Python, 50 ms replayed (LOG.md).  A graph
-serves batches of one shape: the rows' number and length, and room for so many learned tokens; unused room counts 0.
-A shape is recorded when it comes the second time.  Gradients add up in the parameters' .grad, as without a graph.
+serves batches of one shape: the rows' number, their length and the number of learned tokens, both rounded up so that
+batches of like rows share one; what is unused counts 0.  A shape is recorded when it comes the second time.  All graphs
+share their memory, since one runs at a time.  Gradients add up in the parameters' .grad, as without a graph.
 """
 
 from collections import OrderedDict
@@ -13,11 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from lora.eval.nll import token_nll
+from lora.models.base import CausalLM
 from lora.render import Batch
 
 TOKENS = 8192  # of a batch, up to which launches matter: 2.7 % of a step at 8192 tokens of an 8B model
 RECORD = True  # False runs every batch kernel by kernel
-SHAPES = 4  # graphs held at once; each keeps its own memory
+SHAPES = 16  # graphs held at once: a kernel of one takes a few KB of the card
 
 
 class Learned(NamedTuple):
@@ -42,12 +44,12 @@ def member_losses(model: nn.Module, batch: Batch, learned: Learned, members: int
 
 
 class _Recorded:
-    def __init__(self, model: nn.Module, batch: Batch, learned: Learned, members: int) -> None:
+    def __init__(self, model: nn.Module, batch: Batch, learned: Learned, members: int, pool: Any) -> None:
         self.grads = _places(model)
         self.batch = replace(batch, ids=batch.ids.clone())
         self.learned = Learned(*(t.clone() for t in learned))
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
+        with torch.cuda.graph(self.graph, pool=pool):
             self.losses, self.hits = member_losses(model, self.batch, self.learned, members)
 
     def run(self, batch: Batch, learned: Learned) -> tuple[Tensor, Tensor]:
@@ -65,6 +67,8 @@ class Graphs:
         self.model: Any = model
         self.seen: set[tuple[int, ...]] = set()
         self.graphs: OrderedDict[tuple[int, ...], _Recorded] = OrderedDict()
+        self.pool: Any = None
+        self.held = 0  # bytes that recording took
 
     def run(self, batch: Batch, n: int) -> tuple[Tensor, Tensor]:
         """Σ NLL / n and the number of learned tokens that were the likeliest, () each; gradients are added.
@@ -82,9 +86,11 @@ class Graphs:
 
     def run_members(self, batch: Batch, weight: Tensor, member: Tensor, members: int) -> tuple[Tensor, Tensor]:
         """`run` with several losses (members,): learned token i adds weight[i] NLL_i to loss member[i]."""
-        learned = Learned(batch.at, batch.target, weight, member)
         if not self._is_small(batch):
+            learned = Learned(batch.at, batch.target, weight, member)
             return member_losses(self.model, batch, learned, members)
+        batch = _widened(batch, self.model.config.max_length)
+        learned = Learned(batch.at, batch.target, weight, member)
         # unused room counts 0; a batch that is not recorded has it too, so that it gives the same bits as one that is
         room = _room(batch.target.numel())
         learned = Learned(*(nn.functional.pad(t, (0, room - t.numel())) for t in learned))
@@ -102,7 +108,8 @@ class Graphs:
         return member_losses(self.model, batch, learned, members)
 
     def _is_small(self, batch: Batch) -> bool:
-        return batch.ids.is_cuda and batch.ids.numel() <= TOKENS and batch.documents is None
+        ours = isinstance(self.model, CausalLM)  # whose attention never looks at padding on the right
+        return ours and batch.ids.is_cuda and batch.ids.numel() <= TOKENS and batch.documents is None
 
     def _record(self, key: tuple[int, ...], batch: Batch, learned: Learned) -> _Recorded | None:
         """The graph of a new shape; None where its memory does not fit beside what is there."""
@@ -112,9 +119,11 @@ class Graphs:
             self.graphs.popitem(last=False)
         torch.cuda.empty_cache()  # a graph has memory of its own: what the step without it used is of no use to it
         free, _ = torch.cuda.mem_get_info(batch.ids.device)
-        if free < 1.1 * self.model.keeping.needs(batch.ids.numel(), self.model.place()[1].itemsize):
+        if free + self.held < 1.1 * self.model.keeping.needs(batch.ids.numel(), self.model.place()[1].itemsize):
             return None
-        self.graphs[key] = _Recorded(self.model, batch, learned, key[-1])
+        self.pool = self.pool or torch.cuda.graph_pool_handle()
+        self.graphs[key] = _Recorded(self.model, batch, learned, key[-1], self.pool)
+        self.held += max(0, free - torch.cuda.mem_get_info(batch.ids.device)[0])
         return self.graphs[key]
 
 
@@ -128,7 +137,17 @@ def _places(model: nn.Module) -> list[int | None]:
     return [None if p.grad is None else p.grad.data_ptr() for p in model.parameters() if p.requires_grad]
 
 
+def _widened(batch: Batch, limit: int) -> Batch:
+    """The batch with its rows padded on the right to one of few lengths."""
+    T = batch.ids.shape[1]
+    more = min(_room(T), limit) - T
+    if more <= 0:
+        return batch
+    ids, real = (nn.functional.pad(t, (0, more)) for t in (batch.ids, batch.real))
+    return replace(batch, ids=ids, real=real, at=batch.at + batch.at // T * more)
+
+
 def _room(n: int) -> int:
-    """Learned tokens that a graph for n of them has room for: the next of 1, 1.25, 1.5, 1.75 times a power of two."""
+    """Room for n tokens: the next of 1, 1.25, 1.5, 1.75 times a power of two, or of the multiples of 16."""
     step = max(16, 1 << max(0, (n - 1).bit_length() - 3))
     return -(-n // step) * step
