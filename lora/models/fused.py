@@ -64,7 +64,7 @@ def group_of(*layers: nn.Module) -> Group | None:
             if (
                 len(on) > 1
                 or wrapped.by_row is not None
-                or any(a.magnitude is not None or (wrapped.training and a.dropout) for a in on)
+                or any(not a.is_plain() or (wrapped.training and a.dropout) for a in on)
             ):
                 return None
             low = (on[0].a, on[0].b, on[0].scale) if on else None
