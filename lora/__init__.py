@@ -8,6 +8,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from lora.attach import attach as attach
+from lora.attach import swap as swap
 from lora.combine import combine as combine
 from lora.config import LoRAConfig as LoRAConfig
 from lora.export import export as export
@@ -69,6 +70,7 @@ __all__ = [
     "save",
     "save_pretrained",
     "status",
+    "swap",
     "sweep",
     "unmerge",
     "verify",

@@ -79,6 +79,8 @@ def export(
     adapter = Path(adapter)
     config, tensors = read_adapter(adapter)
     content = sort_adapter(tensors, adapter)
+    if str(config.get("init_lora_weights")).startswith("pissa"):
+        raise ValueError(f"{adapter} stands on PiSSA's residual; attach it and save it again, as an update of the base")
     before = findings(config, content, target, base)
     after = dict(config)
     if config.get("target_parameters"):  # a loader that knows them is peft, which reads them as they are

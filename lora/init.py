@@ -51,7 +51,7 @@ def init_pissa(a: Tensor, b: Tensor, scale: float, base: nn.Module, how: str) ->
     if how == "pissa":
         u, s, vt = torch.linalg.svd(w, full_matrices=False)
     else:
-        u, s, v = torch.svd_lowrank(w, r, niter=int(how.rpartition("_")[2]))
+        u, s, v = torch.svd_lowrank(w, min(r + 8, *w.shape), niter=int(how.rpartition("_")[2]))  # 8 more: a better r
         vt = v.T
     root = (s[:r] / scale).sqrt()
     a.copy_(root[:, None] * vt[:r])

@@ -86,8 +86,7 @@ def _merged(name: str, layer: Any, dtype: torch.dtype) -> nn.Module:
             weight = (weight if delta is None else weight.add_(delta)).to(dtype)
             out: nn.Module = nn.Linear(base.in_features, base.out_features, bias=base.bias is not None, device="meta")
         else:
-            fine = isinstance(base, nn.Embedding | nn.LayerNorm) or is_conv1d(base) or type(base) is nn.Linear
-            if not fine:
+            if not (isinstance(base, nn.Embedding | nn.LayerNorm) or is_conv1d(base) or _is_dense(base)):
                 raise TypeError(
                     f"{name}: cannot merge into {type(base).__name__}; only plain layers and ours of 4 or 8 bits"
                 )
@@ -99,6 +98,12 @@ def _merged(name: str, layer: Any, dtype: torch.dtype) -> nn.Module:
             total = torch.zeros_like(shift) if bias is None else bias.float() if shift is not None else bias
             own["bias"] = _frozen(name, (total if shift is None else total + shift).to(weight.dtype))
     return _plain(out, own)
+
+
+def _is_dense(base: Any) -> bool:
+    """nn.Linear or a class of its kind (Falcon's in transformers) that holds its weight as it is, not packed."""
+    whole = isinstance(base, nn.Linear) and tuple(base.weight.shape) == (base.out_features, base.in_features)
+    return whole and base.weight.is_floating_point()
 
 
 def _frozen(name: str, weight: Tensor) -> nn.Parameter:
