@@ -50,7 +50,7 @@ def merge(model: nn.Module, *, unload: bool = False, dtype: torch.dtype | None =
         if not layer.chosen() or isinstance(layer, TrainedModule):
             continue
         if isinstance(layer, TrainedTokens):
-            weight = tables.setdefault(layer.base.weight.data_ptr(), _frozen(name, layer.weight()))
+            weight = tables.setdefault(layer.base.weight.data_ptr(), _frozen(name, layer.table()))
             merged[name] = _plain(layer.base, {"weight": weight})
         elif isinstance(layer, LoRAExperts):
             merged[name] = _plain(layer.base, {key: _frozen(name, w) for key, w in layer.weights().items()})

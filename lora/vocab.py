@@ -67,7 +67,7 @@ class TrainedTokens(Adapted):
             out[tokens.index] += tokens.rows.detach() - tokens.start
         return out
 
-    def weight(self) -> Tensor:
+    def table(self) -> Tensor:
         """The weight with the active adapters' rows in it, in its dtype."""
         out = self.base.weight.detach().clone()
         for tokens in self.chosen():
