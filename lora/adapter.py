@@ -120,6 +120,10 @@ class Adapter(nn.Module):
             a, b = torch.cat((a, self.a0.to(a))), torch.cat((b, -self.b0.to(b)), dim=1)
         return a, b
 
+    def low(self) -> tuple[Tensor, Tensor, float]:
+        """What a base that adds the update in its own pass needs of it."""
+        return *self.factors(), self.scale
+
     def delta(self) -> Tensor:
         """s B A, (out, in) float32."""
         a, b = (t.detach().float() for t in self.factors())
@@ -132,23 +136,27 @@ class Adapter(nn.Module):
 class ByRow:
     """Adapters side by side: each sees its own rows of the batch, so that several run in one pass over the base.
 
-    `parts` are (adapter or None, first row, row behind the last), in order and without a gap.
+    `members` are (adapter or None, first row, row behind the last), in order and without a gap.
     """
 
     magnitude, dropout, bias = None, 0.0, None
 
-    def __init__(self, parts: Sequence[tuple[Adapter | None, int, int]]) -> None:
-        self.parts = tuple(parts)
+    def __init__(self, members: Sequence[tuple[Adapter | None, int, int]]) -> None:
+        self.members = tuple(members)
+
+    def is_plain(self) -> bool:
+        return all(adapter is not None and adapter.is_plain() for adapter, _, _ in self.members)
 
     def add(self, y: Tensor, x: Tensor) -> Tensor:
         """y (B, ..., out) with each row's own update on x (B, ..., in) added."""
         self.check(x)
-        return torch.cat([add_all(y[i:j], x[i:j], [adapter] if adapter else [], False) for adapter, i, j in self.parts])
+        each = [add_all(y[i:j], x[i:j], [adapter] if adapter else [], False) for adapter, i, j in self.members]
+        return torch.cat(each)
 
     def check(self, x: Tensor) -> None:
-        if x.shape[0] != self.parts[-1][2]:
+        if x.shape[0] != self.members[-1][2]:
             raise RuntimeError(
-                f"adapters by row want {self.parts[-1][2]} rows first in a layer's input, not {x.shape[0]}"
+                f"adapters by row want {self.members[-1][2]} rows first in a layer's input, not {x.shape[0]}"
             )
 
 

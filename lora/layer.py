@@ -108,7 +108,7 @@ class LoRALinear(Adapted):
         on = self.on()
         if not on or isinstance(on[0], ByRow) or on[0].bias is not None or (self.training and on[0].dropout):
             return None, on
-        return (*on[0].factors(), on[0].scale), on[1:]
+        return on[0].low(), on[1:]
 
     def delta(self) -> Tensor:
         """What the active adapters add to the weight, in the base's own layout, float32."""
@@ -165,7 +165,7 @@ class LoRAEmbedding(Adapted):
         for adapter in self.on():
             if isinstance(adapter, ByRow):
                 adapter.check(index)
-                own = [_of_table(y[i:j], index[i:j], one, times) if one else y[i:j] for one, i, j in adapter.parts]
+                own = [_of_table(y[i:j], index[i:j], one, times) if one else y[i:j] for one, i, j in adapter.members]
                 y = torch.cat(own)
             else:
                 y = _of_table(y, index, adapter, times)
