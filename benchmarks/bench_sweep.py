@@ -85,14 +85,14 @@ def main() -> None:
     args = parser.parse_args()
     torch.manual_seed(0)
     graph.RECORD = not args.eager
-    model = base(args.layers, args.hidden, 4 * args.hidden, args.vocab, torch.bfloat16 if DEVICE == "cuda" else torch.float32)
+    model = base(
+        args.layers, args.hidden, 4 * args.hidden, args.vocab, torch.bfloat16 if DEVICE == "cuda" else torch.float32
+    )
     tokenizer, draw = bytes_tokenizer(), random.Random(0)
     letters = "abcdefghijklmnopqrstuvwxyz "
     rows = [{"text": "".join(draw.choices(letters, k=args.length - 1))} for _ in range(args.batch * max(args.steps))]
     ranks = [int(r) for r in args.r.split(",")]
-    members = [
-        Member(lr=1e-4 * (1 + i), r=ranks[i * len(ranks) // args.members], seed=i) for i in range(args.members)
-    ]
+    members = [Member(lr=1e-4 * (1 + i), r=ranks[i * len(ranks) // args.members], seed=i) for i in range(args.members)]
     options: dict[str, Any] = {"batch": args.batch, "progress": False, "learn": "all"}
 
     def wait() -> float:

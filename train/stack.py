@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from lora.kernels.adamw import BLOCK8
-from lora.layer import Adapter, Adapted
+from lora.adapter import Adapter
+from lora.layer import Adapted
 
 
 class Stack:

@@ -20,17 +20,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lora.adapter import ByRow
 from lora.config import LoRAConfig
 from lora.eval.nll import row_nll
 from lora.files import refuse_filled, write_text
 from lora.kernels.scratch import keep_pages
-from lora.layer import ByRow, LoRALinear, adapted
+from lora.layer import LoRALinear, adapted
 from lora.models.base import refuse_encoder
 from lora.models.llama import FUSED
 from lora.models.tokenizer import Tokenizer
 from lora.render import collate
 from lora.rows import Data
-from lora.store import save
+from lora.save import save
 from lora.train.batches import endless, steps_per_epoch
 from lora.train.config import TrainConfig
 from lora.train.data import prepare
