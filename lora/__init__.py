@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from lora.models.save import save_pretrained as save_pretrained
     from lora.train.config import TrainConfig as TrainConfig
     from lora.train.loop import fit as fit
+    from lora.train.plan import plan as plan
     from lora.train.sweep import sweep as sweep
     from lora.train.verify import verify as verify
 
@@ -42,6 +43,7 @@ _LAZY = {
     "evaluate": "lora.eval.evaluate",
     "compare": "lora.eval.compare",
     "fit": "lora.train.loop",
+    "plan": "lora.train.plan",
     "TrainConfig": "lora.train.config",
     "sweep": "lora.train.sweep",
     "verify": "lora.train.verify",
@@ -63,6 +65,7 @@ __all__ = [
     "load",
     "merge",
     "merge_4bit",
+    "plan",
     "quantize",
     "save",
     "save_pretrained",

@@ -16,6 +16,7 @@ from lora.render import Batch
 
 TOKENS = 8192  # of a batch, up to which launches matter: 2.7 % of a step at 8192 tokens of an 8B model
 RECORD = True  # False runs every batch kernel by kernel
+SPARE = 1.1  # a graph is recorded where so many times its memory is free
 SHAPES = 4  # graphs held at once; each keeps its own memory
 
 
@@ -84,7 +85,10 @@ class Graphs:
             self.graphs.popitem(last=False)
         torch.cuda.empty_cache()  # a graph has memory of its own: what the step without it used is of no use to it
         free, _ = torch.cuda.mem_get_info(batch.ids.device)
-        if free < 1.1 * self.model.keeping.needs(batch.ids.numel(), self.model.place()[1].itemsize):
+        keeping = self.model.keeping
+        if keeping.budget is not None:
+            free = min(free, keeping.budget - torch.cuda.memory_allocated(batch.ids.device))
+        if free < SPARE * keeping.needs(batch.ids.numel(), self.model.place()[1].itemsize):
             return None
         self.graphs[key] = _Recorded(self.model, batch, key[-1])
         return self.graphs[key]
