@@ -147,6 +147,7 @@ def main() -> None:
     parser.add_argument("--save", action="store_true", help="write results/plan-gpu.json")
     args = parser.parse_args()
     card = measure(torch.device("cuda"))
+    torch._C._cuda_clearCublasWorkspaces()
     rows: list[dict] = [card._asdict()]
     print(rows[0], flush=True)
     for case in CASES:
@@ -157,6 +158,7 @@ def main() -> None:
         except Exception as e:  # one case that fails leaves the others
             row = {"case": " ".join(map(str, case)), "error": f"{type(e).__name__}: {str(e).splitlines()[0][:200]}"}
         mine().clear()
+        torch._C._cuda_clearCublasWorkspaces()  # what a case leaves behind is not the next one's
         gc.collect()
         torch.cuda.empty_cache()
         rows.append(row)

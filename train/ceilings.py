@@ -28,19 +28,21 @@ class Card(NamedTuple):
     matmul: float
     copy: float  # read plus written
     attention: tuple[float, float]  # forward, backward
-    host: float  # one way, to pinned memory
+    host: tuple[float, float]  # pinned memory: to it, and back
     memory: int
     source: str
 
 
 def _sheet(name: str, tera: float, giga: float, pcie: float, gib: int) -> Card:
     matmul = 0.74 * tera
-    return Card(name, matmul, 0.9 * giga, (0.5 * matmul, 0.4 * matmul), pcie, gib * 2**30, "data sheet x 0.74 and 0.90")
+    return Card(
+        name, matmul, 0.9 * giga, (0.5 * matmul, 0.4 * matmul), (pcie, pcie), gib * 2**30, "data sheet x 0.74 and 0.90"
+    )
 
 
 CARDS = {
-    "h100": Card("H100 80GB HBM3", 729, 3019, (513, 359), 50, 85_000_000_000, "measured 2026-11-24, LOG.md"),
-    "h200": Card("H200", 729, 4320, (513, 359), 50, 150_000_000_000, "H100's products, data sheet x 0.90"),
+    "h100": Card("H100 80GB HBM3", 729, 3019, (513, 359), (50, 50), 85_000_000_000, "measured 2026-11-24, LOG.md"),
+    "h200": Card("H200", 729, 4320, (513, 359), (50, 50), 150_000_000_000, "H100's products, data sheet x 0.90"),
     "a100": _sheet("A100 80GB SXM", 312, 2039, 24, 80),
     "l40s": _sheet("L40S", 362, 864, 24, 48),
     "rtx4090": _sheet("GeForce RTX 4090", 165, 1008, 24, 24),
@@ -48,6 +50,8 @@ CARDS = {
     "l4": _sheet("L4", 121, 300, 12, 24),
 }
 LAUNCHES = 10e-3  # seconds a block and step from Python, on the H100's machine: 320 ms of 32 blocks at 512 tokens
+REPLAYED = 0.2e-3  # of those of a graph
+HALF = (275, 923)  # lengths at which attention, forward and backward, is half as fast as on endless rows (H100, cuDNN)
 IDLE = 20e-3 / 32  # seconds a block between kernels of a large step, launched one by one
 
 
@@ -75,10 +79,12 @@ def measure(device: torch.device) -> Card:
     att = attention(q, k, v, None)
     backward = _seconds(lambda: torch.autograd.grad(att, (q, k, v), att, retain_graph=True), device)
     flop = 2 * B * H * T * T * D  # two products, half of each masked
-    host, memory, name = copy / 2, 0, "this processor"
+    host, memory, name = (copy / 2, copy / 2), 0, "this processor"
     if gpu:
-        pinned = torch.empty(2**28, dtype=torch.uint8, pin_memory=True)
-        host = pinned.numel() / _seconds(lambda: x[: 2**28].copy_(pinned, non_blocking=True), device) / 1e9
+        pinned, part = torch.empty(2**28, dtype=torch.uint8, pin_memory=True), x[: 2**28]
+        away = _seconds(lambda: pinned.copy_(part, non_blocking=True), device)
+        back = _seconds(lambda: part.copy_(pinned, non_blocking=True), device)
+        host = (2**28 / away / 1e9, 2**28 / back / 1e9)
         name, memory = torch.cuda.get_device_name(device), torch.cuda.mem_get_info(device)[1]
     return Card(
         name, matmul, copy, (flop / forward / 1e12, 2.5 * flop / backward / 1e12), host, memory, "measured now"
@@ -86,16 +92,17 @@ def measure(device: torch.device) -> Card:
 
 
 def _seconds(call: Callable[[], object], device: torch.device, repeats: int = 5) -> float:
-    """The least of some calls: the ceiling, not the average."""
-    took = []
+    """Of a call, the least of some: the ceiling, not the average. On a GPU launches are hidden behind other calls."""
+    took, calls = [], 8 if device.type == "cuda" else 1
     for _ in range(repeats + 2):
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         begin = time.perf_counter()
-        call()
+        for _ in range(calls):
+            call()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        took.append(time.perf_counter() - begin)
+        took.append((time.perf_counter() - begin) / calls)
     return min(took[2:])
 
 
@@ -130,7 +137,8 @@ def step_seconds(
     products = 2 * M * ((3 if full else 2) * L * weight + remade)
     scores = 2 * rows * A * length * length  # operations of attention forward
     twice = sum(word.startswith("input") for word in keep)
-    attention = (L + twice) * scores / (card.attention[0] * 1e12) + L * 2.5 * scores / (card.attention[1] * 1e12)
+    there, back = (rate * 1e12 * _longer(length, half) for rate, half in zip(card.attention, HALF, strict=True))
+    attention = (L + twice) * scores / there + L * 2.5 * scores / back
     forward, backward = 6 * D + 2 * Q + 2 * A + 3 * F, 10 * D + 2 * Q + 6 * F
     elementwise = M * itemsize * (L * (forward + backward) + remade // max(1, D))
     adapters = 0.0
@@ -140,7 +148,7 @@ def step_seconds(
     decode = passes * ((0.516 if bits4 else itemsize) + itemsize) / giga if bits4 or any(w.ranks) else 0.0
     head = 2 * (3 if full else 2) * learned * w.vocab * D / tera + 3 * learned * w.vocab * itemsize / giga
     spent = {
-        "products": products / tera,
+        "products": products / tera + passes * itemsize / giga,  # a few rows wait for the weight
         "attention": attention,
         "norms, RoPE, gate": elementwise / giga,
         "adapters": adapters,
@@ -148,12 +156,17 @@ def step_seconds(
         "head and loss": head,
         "optimizer": 32 * trained / giga,
     }
-    if gpu and not recorded:
-        busy = sum(spent.values())
-        spent["launches"] = max(IDLE * L, LAUNCHES * L - busy)
-    away = sum(host_bytes(w, word, M, itemsize) for word in keep) / (card.host * 1e9)
+    busy = sum(spent.values())
+    if gpu:
+        spent["launches"] = REPLAYED * L if recorded else max(IDLE * L, (0.5 if full else 1.0) * LAUNCHES * L - busy)
+    away = sum(host_bytes(w, word, M, itemsize) for word in keep)
     if away:
-        busy = sum(spent.values())
-        # a forward is 0.3 to 0.45 of a step; copies that take longer than it does are waited for
-        spent["waiting for the host"] = max(0.0, away - 0.35 * busy) + max(0.0, away - 0.65 * busy)
+        # a forward is about 0.35 of a step; copies that take longer than it, or than the backward, are waited for
+        to, back = (away / (rate * 1e9) for rate in card.host)
+        spent["waiting for the host"] = max(0.0, to - 0.35 * busy) + max(0.0, back - 0.65 * busy)
     return spent
+
+
+def _longer(length: int, half: int) -> float:
+    """How much faster attention is on rows of a length than on rows of 2048."""
+    return (1 + half / 2048) / (1 + half / length)

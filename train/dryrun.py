@@ -23,7 +23,6 @@ from lora.kernels.adamw import BLOCK8
 from lora.kernels.dispatch import as_on_gpu
 from lora.kernels.scratch import borrowed
 from lora.models.host import Host
-from lora.quant.blocks import nested_map
 from lora.quant.linear import Linear4bit
 from lora.quant.linear8 import Linear8bit
 from lora.render import Batch, Example, collate
@@ -171,7 +170,6 @@ def _at_backward(tally: Tally) -> Iterator[list[int]]:
 @contextmanager
 def without_memory(gpu: bool = False) -> Iterator[FakeTensorMode]:
     """Inside, tensors that are made have a shape and no memory; with `gpu` they take the way of tensors on one."""
-    nested_map(torch.device("cpu"))  # kept for the whole process: made here, where it is real
     with FakeTensorMode(allow_non_fake_inputs=True) as mode, as_on_gpu() if gpu else nullcontext():
         yield mode
 

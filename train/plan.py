@@ -28,6 +28,7 @@ from lora.models.budget import (
     host_bytes,
     keep_on_gpu,
     parse_bytes,
+    reused_bytes,
     sending_bytes,
     widths_of,
 )
@@ -363,6 +364,8 @@ class _Planner:
         small = graph.RECORD and M <= graph.TOKENS and not s.pack and set(keep) == {"all"}
         recorded = small and graph.SPARE * needs <= s.limit - base - a.reused
         chunk = a.chunk if a.moment == "head" else 0
+        # a graph has a set of its own, of which the forward's alone is there at the head
+        again = recorded * reused_bytes(w, M, i, backward=a.moment == "backward")
         parts = {
             "4-bit weights": facts.weights4,
             "dense weights": facts.dense,
@@ -370,10 +373,10 @@ class _Planner:
             "gradients": 4 * n,
             "optimizer states": states,
             "kept by blocks": a.kept,
-            "reused buffers": a.reused * (1 + recorded),  # a graph has a set of its own
+            "reused buffers": a.reused + again,
             "working set": a.working - chunk,
             "chunk of logits": chunk,
-            "cuBLAS": CUBLAS,
+            "cuBLAS": CUBLAS * (1 + recorded),
         }
         apart = {
             "CUDA context, about": CONTEXT,

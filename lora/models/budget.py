@@ -25,7 +25,7 @@ from lora.layer import LoRALinear
 from lora.models.host import Host
 
 MARGIN = 0.03  # of the card, for what nobody counts: fragments, libraries' workspaces
-CUBLAS = 2 * 32 * 2**20  # its workspace on Hopper, for the thread of the forward and for that of the backward
+CUBLAS = 2 * 32 * 2**20  # its workspaces on Hopper: for the thread of the forward, and for that of the backward
 LAYERS = (  # of a block, by the product that they share; Phi-3 stores two of them as one layer
     ("q_proj", "k_proj", "v_proj", "qkv_proj"),
     ("o_proj",),
@@ -101,13 +101,15 @@ def host_bytes(w: Widths, keep: str, M: int, itemsize: int) -> int:
     return M * itemsize * values
 
 
-def reused_bytes(w: Widths, M: int, itemsize: int) -> int:
-    """Buffers that one block after the other writes anew, and that stay (kernels/scratch.py)."""
+def reused_bytes(w: Widths, M: int, itemsize: int, backward: bool = True) -> int:
+    """Buffers that one block after the other writes anew, and that stay; without `backward`, the forward's alone."""
     g, shapes = w.rooms, w.shapes
     weight = max(max(N * (K + room), (N + room) * K) for (N, K), room in zip(shapes, g, strict=True))
+    rows = max(K + room for (_, K), room in zip(shapes, g, strict=True))
+    if not backward:
+        return itemsize * (weight + M * rows)
     b = max(N * room for (N, _), room in zip(shapes, g, strict=True))
-    rows = max(K + room for (_, K), room in zip(shapes, g, strict=True)) + (w.states + g[1]) + (w.qkv + g[0])
-    return itemsize * (weight + b + M * rows)
+    return itemsize * (weight + b + M * (rows + w.states + g[1] + w.qkv + g[0]))
 
 
 def attention_bytes(w: Widths, M: int, itemsize: int) -> int:
@@ -147,8 +149,10 @@ def _backward_bytes(w: Widths, keep: str, M: int, itemsize: int, last: bool, fir
     end = D + (D + g[3]) + r[0] - gate
     values = dy + there + ahead
     rows = 4 * (w.heads + 2) if keep.startswith("input") else 0
-    most = max(itemsize * M * mlp, itemsize * M * turn + attention, itemsize * M * end)
-    return itemsize * M * values + most + M * rows + 4 * w.factors
+    part = 4 * (r[3] * (D + F) + r[2] * F)  # gradients of factors in float32, as far as they are made then
+    whole = 4 * w.factors
+    most = max(itemsize * M * mlp + part, itemsize * M * turn + attention + whole, itemsize * M * end + whole)
+    return itemsize * M * values + most + M * rows
 
 
 class Account(NamedTuple):

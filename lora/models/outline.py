@@ -19,7 +19,7 @@ from lora.models.checkpoint import read_config, stored_dtype
 from lora.models.families import FAMILIES
 from lora.models.gguf import GGUF
 from lora.models.load import SKIP, dtype_of
-from lora.quant.codebook import codebook
+from lora.quant.codebook import CODEBOOKS, codebook
 from lora.quant.linear import Linear4bit, is_skipped
 from lora.quant.linear8 import Linear8bit
 from lora.quant.weight import Packed, check_block
@@ -109,9 +109,9 @@ def skeleton(
 
     Call it under FakeTensorMode, where empty tensors take no memory.
     """
-    if quantize not in (None, "int8"):
-        codebook(quantize)
-        check_block(block)
+    if quantize not in (None, "int8", *CODEBOOKS):
+        codebook(quantize)  # says what there is; one that exists would be made here, without memory, and kept
+    check_block(block)
     with torch.device("meta"):
         model: Model = o.config.build()
     dense = dtype_of(dtype, o.stored, torch.device(device))
