@@ -137,13 +137,13 @@ WIDTHS = Widths(4096, 6144, 4096, 14336, 32, 32, 128256, (48, 16, 32, 16))
 def test_blocks_are_kept_whole_as_far_as_memory_goes() -> None:
     M = 8192
     needs = [account(WIDTHS, ["host"] * (32 - whole) + ["all"] * whole, M, 2).total for whole in range(33)]
-    assert needs == sorted(needs)
-    for whole in (2, 3, 20, 32):
+    assert needs[1:] == sorted(needs[1:])
+    assert needs[1] <= needs[0]  # the last block's states are wanted back at once, so they stay
+    for whole in (1, 2, 3, 20, 32):
         assert keep_on_gpu(WIDTHS, M, 2, needs[whole]) == ["host"] * (32 - whole) + ["all"] * whole
-        assert keep_on_gpu(WIDTHS, M, 2, needs[whole] - 1).count("all") == whole - 1
-    assert needs[1] == needs[0], "one block whole is free: nobody fetches two blocks' states at once then"
+        assert whole == 1 or keep_on_gpu(WIDTHS, M, 2, needs[whole] - 1).count("all") == whole - 1
     assert keep_on_gpu(WIDTHS, M, 2, 100 * GIB) == ["all"] * 32
-    assert keep_on_gpu(WIDTHS, M, 2, 0) == ["input_host"] * 32
+    assert keep_on_gpu(WIDTHS, M, 2, 0) == ["input_host"] * 31 + ["input"]
 
 
 def test_copies_under_way_need_room_of_their_own() -> None:

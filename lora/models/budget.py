@@ -204,9 +204,9 @@ def keep_on_gpu(
         need = account(w, keep, M, itemsize, learned).total
         return need <= free and (room is None or need + ("host" in keep) * sending_bytes(w, M, itemsize) <= room)
 
-    if not fits(["host"] * w.blocks):
-        return ["input_host"] * w.blocks
-    low, high = 0, w.blocks  # blocks kept whole: `low` fit
+    low, high = 1, w.blocks  # blocks kept whole: the last one's states would come back as soon as they are sent
+    if not fits(["host"] * (w.blocks - 1) + ["all"]):
+        return ["input_host"] * (w.blocks - 1) + ["input"]
     while low < high:
         middle = (low + high + 1) // 2
         if fits(["host"] * (w.blocks - middle) + ["all"] * middle):
