@@ -9,45 +9,23 @@ usage: python benchmarks/bench_plan.py [--only SHAPE] [--save]
 
 import argparse
 import gc
-import json
 import statistics
 import tempfile
 import time
 from pathlib import Path
 
 import torch
+from models import SHAPES, at_random, write_config
 from result import finish
-from torch import nn
 
 import lora
-from lora.kernels.code4 import byte_table
-from lora.kernels.gemv4 import permute_table
 from lora.kernels.scratch import mine
 from lora.models.budget import parse_bytes
-from lora.models.llama import LlamaConfig
-from lora.models.outline import outline, skeleton
-from lora.models.qwen import Qwen2Config
-from lora.quant.codebook import codebook
-from lora.quant.linear import Linear4bit
-from lora.train.ceilings import measure
+from lora.train.ceilings import Card, measure
 from lora.train.dryrun import even_batch
 from lora.train.graph import Graphs
 from lora.train.optim import AdamW
 
-SHAPES = {
-    "8b": LlamaConfig(
-        vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_layers=32, num_heads=32, num_kv_heads=8,
-        head_dim=128, max_length=131072, eps=1e-5, rope_theta=500000.0,
-    ),
-    "1b": LlamaConfig(
-        vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_layers=16, num_heads=32, num_kv_heads=8,
-        head_dim=64, max_length=131072, eps=1e-5, rope_theta=500000.0, tied=True,
-    ),
-    "3b": Qwen2Config(
-        vocab_size=151936, hidden_size=2048, intermediate_size=11008, num_layers=36, num_heads=16, num_kv_heads=2,
-        head_dim=128, max_length=32768, eps=1e-6, rope_theta=1000000.0, attention_bias=True, tied=True,
-    ),
-}  # fmt: skip
 # shape, method, batch, length, r, budget or a word of fused.KEEPS or nothing
 CASES = (
     ("8b", "qlora", 4, 2048, 16, "36GiB"),
@@ -70,38 +48,17 @@ CASES = (
 )
 
 
-def build(folder: str, method: str, r: int) -> nn.Module:
-    """The model of a config.json on the GPU with random weights, as `lora train --method` would train it."""
-    with torch.device("cuda"):
-        model = skeleton(outline(folder), "nf4" if method == "qlora" else None, device="cuda")
-    for module in model.modules():
-        if isinstance(module, Linear4bit):
-            code = codebook(module.kind).cuda()
-            module.code.copy_(code)
-            module.table.copy_(byte_table(code))
-            module.permute.copy_(permute_table(code))
-            module.weight.random_(0, 256)
-            module.absmax.random_(0, 256)
-            module.nested_map.copy_(torch.linspace(-1, 1, 256))
-            module.nested_absmax.fill_(0.01)
-            module.nested_offset.fill_(0.05)
-    for p in model.parameters():
-        nn.init.normal_(p, std=0.02) if p.ndim > 1 else nn.init.ones_(p)
-    return model.requires_grad_(True) if method == "full" else lora.wrap(model, r=r)
-
-
-def run(shape: str, method: str, batch: int, length: int, r: int, keep: str, card: object) -> dict:
+def run(shape: str, method: str, batch: int, length: int, r: int, keep: str, card: Card) -> dict:
     """One row: predicted and measured."""
     config = SHAPES[shape]
     budget = keep if keep.endswith("GiB") else None
     word = keep if keep and not budget else None
     with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "config.json").write_text(json.dumps(config.to_json() | {"dtype": "bfloat16"}))
-        options = {"method": method, "budget": budget, "device": "cuda", "card": card, "keep": word}
-        plan = lora.plan(folder, batch, length, r, **options)
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        model = build(folder, method, r).train()
+        write_config(config, Path(folder))
+        plan = lora.plan(
+            folder, batch, length, r, method=method, budget=budget, device="cuda", card=card, keep=word
+        )  # fmt: skip
+    model = at_random(config, method, r)
     model.keeping.keep = word
     model.keeping.budget = parse_bytes(budget) if budget else None
     optimizer = AdamW([p for p in model.parameters() if p.requires_grad])

@@ -144,7 +144,7 @@ def _step(graphs: Graphs, optimizer: AdamW, batch: Batch) -> None:
 def _numbers() -> Iterator[None]:
     """Inside, a tensor without memory reads as ones: the optimizer on a CPU reads its rates."""
     before = FakeTensor.tolist
-    FakeTensor.tolist = lambda t: [1.0] * t.numel()  # type: ignore[method-assign]
+    FakeTensor.tolist = lambda t: [1.0] * t.numel()  # type: ignore[method-assign,assignment]
     try:
         yield
     finally:
@@ -196,5 +196,5 @@ def even_batch(rows: int, length: int, learned: float = 1.0) -> Batch:
 
 def fake_batch(mode: FakeTensorMode, batch: Batch) -> Batch:
     """The batch with tensors of `mode`."""
-    parts = {k: mode.from_tensor(v) for k, v in vars(batch).items() if isinstance(v, Tensor)}
+    parts: dict[str, Any] = {k: mode.from_tensor(v) for k, v in vars(batch).items() if isinstance(v, Tensor)}
     return replace(batch, **parts)

@@ -231,6 +231,9 @@ class Keeping:
         keep: a word of `fused.KEEPS` for all blocks, or one for each; None goes by what is free
         budget: bytes that tensors may take on the GPU in all; None is what is free
         recordable: whether the last step ran fused with all kept on the GPU, and so fits a CUDA graph
+        compute: what the frozen base's products run in, "bf16" for the dtype of the states, or "fp8"
+        said: how the last step's blocks ran, and why; "" before the first
+        scales8: scales of weights in 8 bits
     """
 
     def __init__(self, config: Any, model: Any = None) -> None:
@@ -238,6 +241,8 @@ class Keeping:
         self.keep: str | list[str] | None = None
         self.budget: int | None = None
         self.recordable = False
+        self.compute, self.said = "bf16", ""
+        self.scales8: dict[Any, float] = {}
         self.host = Host()
         self.chosen: tuple[int, list[str]] = (0, [])  # tokens of the largest step so far, and what goes with it
 

@@ -109,7 +109,7 @@ def skeleton(
 
     Call it under FakeTensorMode, where empty tensors take no memory.
     """
-    if quantize not in (None, "int8", *CODEBOOKS):
+    if quantize is not None and quantize not in ("int8", *CODEBOOKS):
         codebook(quantize)  # says what there is; one that exists would be made here, without memory, and kept
     check_block(block)
     with torch.device("meta"):
@@ -126,7 +126,7 @@ def skeleton(
         kind = stored.get(name, asked if asked and not is_skipped(name, skip) else None)
         if kind is None:
             continue
-        layer = _layer(kind, tuple(module.weight.shape), *tables)
+        layer = _layer(kind, (module.out_features, module.in_features), *tables)
         layer._parameters["bias"] = module._parameters.get("bias")
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, layer)
