@@ -31,6 +31,7 @@ from timing import copy_gb_s, matmul_tflop_s
 import lora
 from lora.kernels.scratch import mine
 from lora.models.budget import parse_bytes
+from lora.models.host import Host
 from lora.models.llama import Llama
 from lora.render import Batch
 from lora.train import graph
@@ -150,7 +151,7 @@ def longest(args: argparse.Namespace) -> list[dict]:
     rows: list[dict] = []
 
     def trains(tokens: int) -> bool:
-        model.keeping.keep, model.keeping.chosen = None, (0, [])
+        model.keeping.keep, model.keeping.chosen, model.keeping.host = None, (0, []), Host()
         mine().clear()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
