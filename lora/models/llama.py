@@ -304,7 +304,7 @@ class Llama(CausalLM):
         turns = c.rotations(positions, x.dtype)
         windows = {c.window(i) for i in range(c.num_layers)}
         masks = {w: seen(ids.shape[1], used, padding, documents, ids.device, w) for w in windows}
-        fast = x.device.type in FUSED or on_gpu(x)
+        fast = x.device.type in FUSED or ("cuda" in FUSED and on_gpu(x))
         fusable = cache is None and torch.is_grad_enabled() and fast and self.block is Block
         specs = fused.specs_of(self, x, masks, self.keeping) if fusable else None
         for i, b in enumerate(self.model.layers):
