@@ -272,7 +272,7 @@ def main() -> None:
     parser.add_argument("--save", action="store_true")
     args = parser.parse_args()
     name = Path(__file__).stem.removeprefix("bench_")
-    if len(args.case) > 1 or args.peer:
+    if (len(args.case) > 1 or args.peer) and not args.longest:
         words, skip = [], False
         for word in sys.argv[1:]:  # all but what is about cases and rivals
             skip = word in ("--case", "--peer") or (skip and not word.startswith("--"))

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lora.kernels.cross_entropy import chunk_rows
 from lora.kernels.fold import ROOM
@@ -46,6 +46,13 @@ class Widths(NamedTuple):
     vocab: int = 0  # logits a learned token
     ranks: tuple[int, ...] = (0, 0, 0, 0)  # summed over the layers of each product
     biased: tuple[bool, ...] = (False, False, False, False)
+    turned: int = 0  # q and k behind norms of their own, where they have them
+    behind: bool = False  # norms behind W_o and W_d
+
+    @property
+    def own(self) -> int:
+        """Values that "host" sends away, and "all" keeps beside the gate: x, q k v, attention's output, s."""
+        return (2 + self.behind) * self.states + self.qkv + self.turned + self.attended
 
     @property
     def rooms(self) -> list[int]:
@@ -71,6 +78,10 @@ def widths_of(config: Any, model: Any = None) -> Widths:
     c = config
     qkv = (c.num_heads + 2 * c.num_kv_heads) * c.head_dim
     biased = (c.attention_bias, c.output_bias, c.mlp_bias, c.mlp_bias)
+    block: Any = model.model.layers[0] if model is not None else None
+    behind = hasattr(block, "post_feedforward_layernorm")
+    norm = getattr(getattr(block, "self_attn", None), "q_norm", None)
+    normed = norm is not None and not isinstance(norm, nn.Identity)
     ranks = [0, 0, 0, 0]
     for block in model.model.layers if model is not None else ():
         mine = [0, 0, 0, 0]
@@ -82,22 +93,28 @@ def widths_of(config: Any, model: Any = None) -> Widths:
         ranks = [max(a, b) for a, b in zip(ranks, mine, strict=True)]
     return Widths(
         c.hidden_size, qkv, c.num_heads * c.head_dim, c.intermediate_size, c.num_layers, c.num_heads, c.vocab_size,
-        tuple(ranks), biased,
+        tuple(ranks), biased, (c.num_heads + c.num_kv_heads) * c.head_dim if normed else 0, behind,
     )  # fmt: skip
 
 
 # ---- the account ----
 def kept_bytes(w: Widths, keep: str, M: int, itemsize: int) -> int:
     """On the GPU, of one block, from its forward to its backward."""
-    D, Q, HD, F = w.states, w.qkv, w.attended, w.gate
-    values = {"all": 2 * D + Q + HD + 2 * F + w.rooms[2], "no_gate": 2 * D + Q + HD, "input": D}.get(keep, 0)
-    rows = 0 if keep.startswith("input") else 4 * (w.heads + 2)  # float32: attention's log-sums, two norms' r
+    whole = w.own + 2 * w.gate + w.rooms[2] + w.behind * w.states
+    values = {"all": whole, "no_gate": w.own, "input": w.states}.get(keep, 0)
+    rows = 0 if keep.startswith("input") else _rows(w)
     return M * (itemsize * (values + sum(w.ranks)) + rows)
+
+
+def _rows(w: Widths) -> int:
+    """Bytes a token of float32 numbers of a pass: attention's log-sums, the norms' r."""
+    D = w.attended // w.heads
+    return 4 * (w.heads + 2 + 2 * w.behind + w.turned // D)
 
 
 def host_bytes(w: Widths, keep: str, M: int, itemsize: int) -> int:
     """In pinned memory of the host, of one block."""
-    values = {"host": 2 * w.states + w.qkv + w.attended, "input_host": w.states}.get(keep, 0)
+    values = {"host": w.own, "input_host": w.states}.get(keep, 0)
     return M * itemsize * values
 
 
@@ -109,7 +126,8 @@ def reused_bytes(w: Widths, M: int, itemsize: int, backward: bool = True) -> int
     if not backward:
         return itemsize * (weight + M * rows)
     b = max(N * room for (N, _), room in zip(shapes, g, strict=True))
-    return itemsize * (weight + b + M * (rows + w.states + g[1] + w.qkv + g[0]))
+    behind = w.behind * (w.states + max(g[1], g[3]))
+    return itemsize * (weight + b + M * (rows + w.states + g[1] + w.qkv + g[0] + behind))
 
 
 def attention_bytes(w: Widths, M: int, itemsize: int) -> int:
@@ -121,7 +139,7 @@ def attention_bytes(w: Widths, M: int, itemsize: int) -> int:
 def _forward_bytes(w: Widths, keep: str, M: int, itemsize: int) -> int:
     """Beside what blocks before this one keep."""
     states = max(kept_bytes(w, keep, M, itemsize), kept_bytes(w, "all", M, itemsize))
-    return states + 2 * M * itemsize * w.states
+    return states + M * itemsize * w.states
 
 
 def logit_rows(w: Widths, itemsize: int, learned: int) -> int:
@@ -132,7 +150,8 @@ def logit_rows(w: Widths, itemsize: int, learned: int) -> int:
 def head_bytes(w: Widths, M: int, itemsize: int, learned: int) -> int:
     """Beside what blocks keep: the last states, those that are learned from, their gradient, a chunk of logits."""
     rows = logit_rows(w, itemsize, learned)
-    return itemsize * (w.states * (M + 2 * learned + rows) + rows * w.vocab) + 4 * M + 9 * learned
+    norm = 8 * M * w.states if w.behind else 4 * M  # the last norm: Gemma's keeps two float32 copies, others r
+    return itemsize * (w.states * (M + 2 * learned + rows) + rows * w.vocab) + norm + 9 * learned
 
 
 def _backward_bytes(w: Widths, keep: str, M: int, itemsize: int, last: bool, first: bool, attention: int) -> int:
@@ -140,15 +159,17 @@ def _backward_bytes(w: Widths, keep: str, M: int, itemsize: int, last: bool, fir
     D, Q, HD, F = w.states, w.qkv, w.attended, w.gate
     g, r = w.rooms, w.ranks
     gate = 2 * F + g[2]
-    own = 2 * D + Q + HD  # x, q k v, attention's output, s
-    there = {"all": 0, "no_gate": gate, "input": own - D + gate}.get(keep, own + gate)
-    ahead = 0 if first else {"host": own, "input_host": D}.get(keep, 0)  # of the block that is next
-    dy = (D + g[3]) + (D if last else 0)
-    mlp = D + r[2] + r[3]
-    turn = HD + r[1] + Q - gate
-    end = D + (D + g[3]) + r[0] - gate
+    again = gate + w.behind * D  # and W_d's output, where a norm stands behind it
+    there = {"all": 0, "no_gate": again, "input": w.own - D + again}.get(keep, w.own + again)
+    ahead = 0 if first else {"host": w.own, "input_host": D}.get(keep, 0)  # of the block that is next
+    dy = (0 if w.behind else D + g[3]) + (D if last or w.behind else 0)
+    mlp = D + r[2] + r[3] - w.behind * D
+    if w.behind and keep != "all":  # while W_d's output goes through its norm a second time
+        mlp = max(mlp, D)
+    turn = HD + r[1] + Q + w.turned - gate - w.behind * D
+    end = D + (D + g[3]) + r[0] - gate - w.behind * D
     values = dy + there + ahead
-    rows = 4 * (w.heads + 2) if keep.startswith("input") else 0
+    rows = _rows(w) if keep.startswith("input") else 0
     part = 4 * (r[3] * (D + F) + r[2] * F)  # gradients of factors in float32, as far as they are made then
     whole = 4 * w.factors
     most = max(itemsize * M * mlp + part, itemsize * M * turn + attention + whole, itemsize * M * end + whole)
@@ -191,7 +212,7 @@ def account(
 
 def sending_bytes(w: Widths, M: int, itemsize: int) -> int:
     """Freed memory that copies to the host still read: not a tensor's any more, and nobody else's yet."""
-    return M * itemsize * 3 * (w.states + w.qkv + w.attended)
+    return M * itemsize * 3 * (w.own - w.states)
 
 
 # ---- the choice ----
