@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from lora.models.save import save_pretrained as save_pretrained
     from lora.train.config import TrainConfig as TrainConfig
     from lora.train.loop import fit as fit
+    from lora.train.plan import plan as plan
     from lora.train.sweep import sweep as sweep
     from lora.train.verify import verify as verify
 
@@ -44,6 +45,7 @@ _LAZY = {
     "evaluate": "lora.eval.evaluate",
     "compare": "lora.eval.compare",
     "fit": "lora.train.loop",
+    "plan": "lora.train.plan",
     "TrainConfig": "lora.train.config",
     "sweep": "lora.train.sweep",
     "verify": "lora.train.verify",
@@ -66,6 +68,7 @@ __all__ = [
     "merge",
     "merge_4bit",
     "mixed",
+    "plan",
     "quantize",
     "save",
     "save_pretrained",

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora.kernels.adamw import BLOCK8
 from lora.adapter import Adapter
+from lora.kernels.adamw import BLOCK8
 from lora.layer import Adapted
 
 
