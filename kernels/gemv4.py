@@ -1,6 +1,6 @@
 """A few rows of x through 4-bit weights, read once and never unpacked to memory: what decoding a token needs.
 
-    y_i = x W_iᵀ + bias_i + s_i (x a_iᵀ) b_iᵀ      x (M, K) of 16 bits, M small      W_i (N_i, K) in the bytes of code4.py
+    y_i = x W_iᵀ + bias_i + s_i (x a_iᵀ) b_iᵀ     x (M, K) of 16 bits, M small     W_i (N_i, K) in the bytes of code4.py
 
 One launch serves several weights of one x (q, k and v; gate and up), one more all their x aᵀ.  Only the bytes move:
 N K / 2 of codes and 4 N K / block of scales (1 N K / block where nested).  Four ideas:
@@ -121,7 +121,7 @@ def _work(
     return acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _gemv4_kernel(
     x_ptr,  # (M, K) bf16 or f16
     parts,  # for each weight: codes (N K / 2,) u8; absmax (N K / block,) f32 or, nested, u8; map (256,) f32,
@@ -201,7 +201,7 @@ def _gemv4_kernel(
         have = have + ((token + 8 * i < M).to(tl.int32),)
     zero = tl.zeros((32 * WARPS,), tl.float32)
     acc = (zero, zero, zero, zero) * (TILES * ROWS)
-    for step in range(0, STEPS - DEPTH):
+    for step in range(STEPS - DEPTH):
         unit = step * WARPS + warp
         now = held
         arrived(lane, DEPTH - 1)
@@ -307,7 +307,7 @@ def gemv4_group(
     xa: Tensor | None,
     early: bool = False,
 ) -> tuple[Tensor, ...]:
-    """x (M, K), contiguous, through several weights in one launch: y_i (M, N_i) in the dtype of x, columns of one buffer.
+    """x (M, K), contiguous, through several weights in one launch: y_i (M, N_i), columns of one buffer.
 
     The low-rank updates are bs[i] (N_i, R_i), contiguous, and xa (M, Σ R_i) float32 of `down` (or the caller's own),
     over the weights that have one.  Only where `can_gemv4` says so of each weight; blocks are of one size, and scales
