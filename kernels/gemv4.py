@@ -16,6 +16,7 @@ N K / 2 of codes and 4 N K / block of scales (1 N K / block where nested).  Four
 Source: PTX ISA, mma.m16n8k16; scale after the sum as in Marlin, arXiv:2408.11743.
 """
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -24,113 +25,87 @@ from torch import Tensor
 from lora.kernels._triton import tl, triton
 from lora.kernels.code4 import Low, Weight4
 from lora.kernels.dispatch import INTERPRETED, use_triton
-from lora.kernels.warp import RING, arrived, commit, copy16, decode8, from_lane, load32, mma, permute_table, read8, ring
+from lora.kernels.warp import decode8, from_lane, get, load8, load32, mma, permute_table, put4, sum_parts, sums
 
 __all__ = ["MOST_ROWS", "can_gemv4", "down", "gemv4", "gemv4_group", "permute_table"]
 
 MOST_ROWS = 64  # of x; beyond, decoding into a buffer and a plain product is faster (LOG.md)
 
 
-def plan(N: int, K: int, tiles: int) -> tuple[int, int, int]:
-    """ROWS, DEPTH and WARPS of the kernel."""
-    units = -(-K // 256)
-    programs = -(-N // 16)
-    warps = 4 if programs >= 512 else 8
-    while warps > units:
-        warps //= 2
-    steps = -(-units // warps)
-    depth = min(steps, RING // 2048 // warps - (steps > RING // 2048 // warps), 3)
-    return 1, depth, warps
+def plan(N: int, K: int, tiles: int) -> tuple[int, int, int, int]:
+    """ROWS, UNIT, AHEAD and WARPS of the kernel."""
+    blocks = K // 64
+
+    def read(unit: int) -> int:  # blocks that 16 warps read, some behind the row
+        return -(-blocks // (16 * unit)) * 16 * unit
+
+    unit = min((4, 2, 1), key=lambda unit: (read(unit) > 1.05 * blocks, read(unit), -unit))
+    return 1, unit, 1, 16
+
+
+def share(groups: Sequence[int], most: int) -> tuple[int, list[int]]:
+    """How many groups a program takes at most, and each weight's programs, so that there are at most `most` in all."""
+    turns = max(1, -(-sum(groups) // most))
+    while sum(-(-n // turns) for n in groups) > most and turns < max(groups):
+        turns += 1
+    return turns, [-(-n // turns) for n in groups]
 
 
 # ---- kernel ----
 @triton.jit
-def _fetch(ring_at, sources, unit, slot, lane, K: tl.constexpr, WARPS: tl.constexpr, ROWS: tl.constexpr):
-    """Copies unit `unit` (16 ROWS rows x 128 bytes) of this warp into slot `slot` of its ring."""
-    in_row = unit * 128 + lane % 8 * 16
-    if K % 256:
-        in_row = tl.minimum(in_row, K // 2 - 16)  # what lies behind the row meets zeros of x
-    for j in tl.static_range(4 * ROWS):
-        copy16(ring_at + slot * (WARPS * ROWS * 2048) + j * 512, (sources[j] + in_row).to(tl.int64))
-    commit(lane)
+def _fetch(q_ptr, rows, unit, b, t, have, K: tl.constexpr, UNIT: tl.constexpr, RAGGED: tl.constexpr):
+    """The codes of block b of a unit: for each of a thread's rows, two words."""
+    in_row = (unit * UNIT + b) * 32
+    if RAGGED:
+        in_row = tl.minimum(in_row, K // 2 - 32)  # what lies behind the row meets zeros of x
+    words = ()
+    for j in tl.static_range(len(rows)):
+        w0, w1 = load8((q_ptr + (rows[j].to(tl.int64) * (K // 2) + (in_row + t * 8))).to(tl.int64), have)
+        words = words + (w0, w1)
+    return words
 
 
 @triton.jit
 def _fetch_scales(
-    absmax_ptr, absmax2_ptr, rows, unit, t,
-    K: tl.constexpr, BLOCK: tl.constexpr, NESTED: tl.constexpr,
+    absmax_ptr, absmax2_ptr, rows, unit, t, have,
+    K: tl.constexpr, UNIT: tl.constexpr, RAGGED: tl.constexpr, BLOCK: tl.constexpr, NESTED: tl.constexpr,
 ):  # fmt: skip
     """For each of a thread's rows the scale of block t of the unit; nested: its byte and its own scale."""
-    block = unit * 4 + t
-    if K % 256:
+    block = unit * UNIT + t % UNIT
+    if RAGGED:
         block = tl.minimum(block, K // 64 - 1)
     held = ()
     for j in tl.static_range(len(rows)):
         at = (rows[j] * (K // 64) + block) // (BLOCK // 64)
-        s = tl.load(absmax_ptr + at)
+        s = tl.load(absmax_ptr + at, mask=have != 0, other=0)
         s2 = s
         if NESTED:
-            s2 = tl.load(absmax2_ptr + at // 256)
+            s2 = tl.load(absmax2_ptr + at // 256, mask=have != 0, other=0)
         held = held + (s, s2)
     return held
 
 
 @triton.jit
-def _work(
-    acc, held, ring_at, slot, xs, have, unit, lane, low, high, map_ptr, offset, zero,
-    K: tl.constexpr, RAGGED: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr, WARPS: tl.constexpr,
-    NESTED: tl.constexpr, HALF: tl.constexpr,
-):  # fmt: skip
-    """acc with the products of a unit added: for each 16 rows and each 8 tokens, the four sums of a thread."""
-    g, t = lane // 4, lane % 4
-    scales = ()
+def _rows(row0, n, g, ROWS: tl.constexpr):
+    """A thread's rows; those beyond the last are the last, and are not stored."""
+    rows = ()
     for j in tl.static_range(2 * ROWS):
-        if NESTED:  # a product, then a sum
-            scales = scales + (tl.load(map_ptr + held[2 * j].to(tl.int32)) * held[2 * j + 1] + offset,)
-        else:
-            scales = scales + (held[2 * j],)
-    for b in tl.static_range(4):
-        x = ()
-        for n in tl.static_range(TILES):
-            here = have[n]
-            if RAGGED:
-                here = here * (unit * 4 + b < K // 64).to(tl.int32)
-            x = x + load32((xs[n] + unit * 512 + b * 128).to(tl.int64), here)
-        at = ring_at + slot * (WARPS * ROWS * 2048) + g * 128 + (b ^ (g % 4)) * 32 + t * 8
-        new = ()
-        for r in tl.static_range(ROWS):
-            w0, w1, w2, w3 = read8(at + r * 2048)
-            a00, a02, a10, a12 = decode8(w0, low, high)
-            a20, a22, a30, a32 = decode8(w1, low, high)
-            a01, a03, a11, a13 = decode8(w2, low, high)
-            a21, a23, a31, a33 = decode8(w3, low, high)
-            s0 = from_lane(scales[2 * r], g * 4 + b)
-            s1 = from_lane(scales[2 * r + 1], g * 4 + b)
-            for n in tl.static_range(TILES):
-                c0, c1, c2, c3 = mma(a00, a01, a02, a03, x[8 * n], x[8 * n + 1], zero, zero, zero, zero, HALF)
-                c0, c1, c2, c3 = mma(a10, a11, a12, a13, x[8 * n + 2], x[8 * n + 3], c0, c1, c2, c3, HALF)
-                c0, c1, c2, c3 = mma(a20, a21, a22, a23, x[8 * n + 4], x[8 * n + 5], c0, c1, c2, c3, HALF)
-                c0, c1, c2, c3 = mma(a30, a31, a32, a33, x[8 * n + 6], x[8 * n + 7], c0, c1, c2, c3, HALF)
-                new = new + (
-                    acc[4 * (r * TILES + n)] + c0 * s0,
-                    acc[4 * (r * TILES + n) + 1] + c1 * s0,
-                    acc[4 * (r * TILES + n) + 2] + c2 * s1,
-                    acc[4 * (r * TILES + n) + 3] + c3 * s1,
-                )
-        acc = new
-    return acc
+        rows = rows + (tl.minimum(row0 + 8 * j + g, n - 1),)
+    return rows
 
 
 @triton.jit(do_not_specialize=["M"])
 def _gemv4_kernel(
     x_ptr,  # (M, K) bf16 or f16
     parts,  # for each weight: codes (N K / 2,) u8; absmax (N K / block,) f32 or, nested, u8; map (256,) f32,
-            # absmax2 (N K / block / 256,) f32, offset (1,) f32; table (2, 8, 32) i32; bias (N,); b (N, R) f32
+    # absmax2 (N K / block / 256,) f32, offset (1,) f32; table (2, 8, 32) i32; bias (N,); b (N, R)
     xa_ptr,  # (M, Σ R) f32, s already in it
     y_ptr,  # (M, Σ N)
     M,
     NS: tl.constexpr,  # rows of each weight
     RS: tl.constexpr,  # rank of each low-rank update, 0: none
+    PROGRAMS: tl.constexpr,  # of each weight
+    TURNS: tl.constexpr,  # groups of 16 ROWS rows that a program takes one behind the other, at most
     R2: tl.constexpr,  # the largest rank up to a power of two, 0: no update
     BIAS: tl.constexpr,  # 1 for each weight that has one
     HAS_BIAS: tl.constexpr,  # any
@@ -141,15 +116,19 @@ def _gemv4_kernel(
     NESTED: tl.constexpr,
     HALF: tl.constexpr,
     TILES: tl.constexpr,  # of 8 tokens each
-    ROWS: tl.constexpr,  # groups of 16 rows that a program takes
-    DEPTH: tl.constexpr,  # units of four blocks that a warp has under way
-    WARPS: tl.constexpr,
+    ROWS: tl.constexpr,  # times 16 rows that a warp takes at once
+    UNIT: tl.constexpr,  # blocks of 64 that a warp takes at once: 1, 2 or 4
+    AHEAD: tl.constexpr,  # units whose codes are under way
+    WARPS: tl.constexpr,  # 4, 8 or 16, side by side along K
     EARLY: tl.constexpr,  # start before the launch before this one ends, and wait for it only where x is read
 ):  # fmt: skip
-    UNITS: tl.constexpr = (K + 255) // 256
-    STEPS: tl.constexpr = (UNITS + WARPS - 1) // WARPS
-    RAGGED: tl.constexpr = K % 256 != 0 or UNITS % WARPS != 0  # some units end behind the row
-    SLOTS: tl.constexpr = DEPTH if STEPS <= DEPTH else DEPTH + 1
+    BLOCKS: tl.constexpr = K // 64
+    STEPS: tl.constexpr = (BLOCKS + UNIT * WARPS - 1) // (UNIT * WARPS)
+    RAGGED: tl.constexpr = BLOCKS % (UNIT * WARPS) != 0  # some units end behind the row
+    PARTS: tl.constexpr = WARPS // 4
+    STRIDE: tl.constexpr = 512 + 128 // PARTS % 128  # so that parts read from different banks
+    EACH: tl.constexpr = 1 + (R2 + PARTS - 1) // PARTS  # what a thread adds to a sum: bias, and its columns of b
+    KEEP: tl.constexpr = STEPS == 1 and TILES * UNIT <= 4  # a thread's x is the same in every turn
     thread = tl.arange(0, 32 * WARPS)
     warp, lane = thread // 32, thread % 32
     g, t = lane // 4, lane % 4
@@ -161,7 +140,7 @@ def _gemv4_kernel(
     begin, column, r0 = 0, 0, 0  # its first program, its first column of y, its first column of xa
     first, done, done_r = 0, 0, 0
     for i in tl.static_range(1, len(NS)):
-        first += (NS[i - 1] + 16 * ROWS - 1) // (16 * ROWS)
+        first += PROGRAMS[i - 1]
         done += NS[i - 1]
         done_r += RS[i - 1]
         if pid >= first:
@@ -170,26 +149,31 @@ def _gemv4_kernel(
         has_bias = tl.where(pid >= first, BIAS[i], has_bias)
         begin, column = tl.where(pid >= first, first, begin), tl.where(pid >= first, done, column)
         r0 = tl.where(pid >= first, done_r, r0)
-    row0 = (pid - begin) * (16 * ROWS)
+    row0 = (pid - begin) * (TURNS * 16 * ROWS)
+    last = tl.minimum(row0 + TURNS * 16 * ROWS, n)
 
-    # The codes and scales of the first units, and all else that does not wait for x
-    sources, rows = (), ()
-    for j in tl.static_range(4 * ROWS):  # rows beyond the last read the last, and are not stored
-        row = tl.minimum(row0 + 4 * j + lane // 8, n - 1)
-        sources = sources + (q_ptr + row.to(tl.int64) * (K // 2),)
-    for j in tl.static_range(2 * ROWS):
-        rows = rows + (tl.minimum(row0 + 8 * j + g, n - 1),)
-    own = ring(thread) + warp * (ROWS * 2048)
-    copies = own + lane // 8 * 128 + (lane % 8 ^ (lane // 8 * 2)) * 16
-    for i in tl.static_range(DEPTH):
-        _fetch(copies, sources, tl.minimum(i * WARPS + warp, UNITS - 1), i, lane, K, WARPS, ROWS)
-    held = _fetch_scales(absmax_ptr, absmax2_ptr, rows, tl.minimum(warp, UNITS - 1), t, K, BLOCK, NESTED)
+    # The first codes and scales, and all else that does not wait for x
+    held, scales = (), ()
+    yes = thread * 0 + 1
+    for i in tl.static_range(AHEAD):
+        start = row0 + i // STEPS * (16 * ROWS)
+        more = yes * (start < last).to(tl.int32)
+        rows = _rows(start, n, g, ROWS)
+        unit = i % STEPS * WARPS + warp
+        for b in tl.static_range(UNIT):
+            held = held + _fetch(q_ptr, rows, unit, b, t, more, K, UNIT, RAGGED)
+        scales = scales + _fetch_scales(absmax_ptr, absmax2_ptr, rows, unit, t, more, K, UNIT, RAGGED, BLOCK, NESTED)
     entry = table_ptr + HALF * 256 + lane
     low = (tl.load(entry), tl.load(entry + 32), tl.load(entry + 64), tl.load(entry + 96))
     high = (tl.load(entry + 128), tl.load(entry + 160), tl.load(entry + 192), tl.load(entry + 224))
     offset = 0.0
     if NESTED:
         offset = tl.load(offset_ptr)
+    # A thread adds up value `value` of 128 (16 rows x 8 tokens) over every PARTS-th warp from `part` on
+    value, part = warp * (128 // WARPS) + lane % (128 // WARPS), lane // (128 // WARPS)
+    my_row, my_token = value // 16 + value % 4 // 2 * 8, value // 4 % 4 * 2 + value % 2
+    sums_at = sums(thread)
+    flip = 0
     if EARLY:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
@@ -199,55 +183,100 @@ def _gemv4_kernel(
     for i in tl.static_range(TILES):
         xs = xs + (x_ptr.to(tl.pointer_type(tl.uint8)) + (token + 8 * i).to(tl.int64) * (2 * K) + t * 32,)
         have = have + ((token + 8 * i < M).to(tl.int32),)
+    kept = ()
+    if KEEP:
+        for b in tl.static_range(UNIT):
+            for i in tl.static_range(TILES):
+                here = have[i]
+                if RAGGED:
+                    here = here * (warp * UNIT + b < BLOCKS).to(tl.int32)
+                kept = kept + load32((xs[i] + (warp * UNIT + b) * 128).to(tl.int64), here)
     zero = tl.zeros((32 * WARPS,), tl.float32)
-    acc = (zero, zero, zero, zero) * (TILES * ROWS)
-    for step in range(STEPS - DEPTH):
-        unit = step * WARPS + warp
-        now = held
-        arrived(lane, DEPTH - 1)
-        _fetch(
-            copies, sources, tl.minimum(unit + DEPTH * WARPS, UNITS - 1), (step + DEPTH) % SLOTS, lane, K, WARPS, ROWS
-        )
-        held = _fetch_scales(absmax_ptr, absmax2_ptr, rows, tl.minimum(unit + WARPS, UNITS - 1), t, K, BLOCK, NESTED)
-        acc = _work(
-            acc, now, own, step % SLOTS, xs, have, unit, lane, low, high, map_ptr, offset, zero,
-            K, RAGGED, ROWS, TILES, WARPS, NESTED, HALF,
-        )  # fmt: skip
-    for i in tl.static_range(DEPTH):
-        unit = (STEPS - DEPTH + i) * WARPS + warp
-        now = held
-        arrived(lane, DEPTH - 1 - i)
-        if i + 1 < DEPTH:
-            held = _fetch_scales(
-                absmax_ptr, absmax2_ptr, rows, tl.minimum(unit + WARPS, UNITS - 1), t, K, BLOCK, NESTED
-            )
-        acc = _work(
-            acc, now, own, (STEPS - DEPTH + i) % SLOTS, xs, have, unit, lane, low, high, map_ptr, offset, zero,
-            K, RAGGED, ROWS, TILES, WARPS, NESTED, HALF,
-        )  # fmt: skip
-
-    # The sums of all warps, and what is added to them
-    at = tl.arange(0, 128) // 4
-    second, odd = tl.arange(0, 128) % 4 // 2, tl.arange(0, 128) % 2
-    for r in tl.static_range(ROWS):
-        for i in tl.static_range(TILES):
-            four = tl.join(
-                tl.join(acc[4 * (r * TILES + i)], acc[4 * (r * TILES + i) + 2]),
-                tl.join(acc[4 * (r * TILES + i) + 1], acc[4 * (r * TILES + i) + 3]),
-            )  # (T, j // 2, j % 2)
-            y = tl.sum(tl.reshape(four, (WARPS, 128)), axis=0)
-            row = row0 + r * 16 + at // 4 + second * 8
-            m = (tl.program_id(1) * TILES + i) * 8 + at % 4 * 2 + odd
-            inside = (row < n) & (m < M)
+    for begin_row in range(row0, last, 16 * ROWS):
+        bs = ()
+        for r in tl.static_range(ROWS):
+            row = begin_row + 16 * r + my_row
+            added = zero
             if HAS_BIAS:
-                y += tl.load(bias_ptr + row, mask=inside & (has_bias != 0), other=0.0).to(tl.float32)
+                mask = (row < n) & (has_bias != 0) & (part == 0)
+                added += tl.load(bias_ptr + row, mask=mask, other=0.0).to(tl.float32)
+            bs = bs + (added,)
             if R2:
-                k = tl.arange(0, R2)[None, :]
-                keep = inside[:, None] & (k < R)
-                b = tl.load(b_ptr + row.to(tl.int64)[:, None] * R + k, mask=keep, other=0.0).to(tl.float32)
-                xa = tl.load(xa_ptr + m[:, None] * RSUM + r0 + k, mask=keep, other=0.0)
-                y += tl.sum(b * xa, axis=1)
-            tl.store(y_ptr + m.to(tl.int64) * N + column + row, y.to(y_ptr.dtype.element_ty), mask=inside)
+                for i in tl.static_range(EACH - 1):
+                    k = i * PARTS + part
+                    bs = bs + (tl.load(b_ptr + row.to(tl.int64) * R + k, mask=(row < n) & (k < R), other=0.0),)
+        acc = (zero, zero, zero, zero) * (TILES * ROWS)
+        for step in range(STEPS):
+            unit = step * WARPS + warp
+            next_row0 = begin_row + (step + AHEAD) // STEPS * (16 * ROWS)
+            next_unit = (step + AHEAD) % STEPS * WARPS + warp
+            more = yes * (next_row0 < last).to(tl.int32)
+            rows = _rows(next_row0, n, g, ROWS)
+            now = ()
+            for j in tl.static_range(2 * ROWS):
+                if NESTED:  # a product, then a sum
+                    now = now + (tl.load(map_ptr + scales[2 * j].to(tl.int32)) * scales[2 * j + 1] + offset,)
+                else:
+                    now = now + (scales[2 * j],)
+            scales = scales[4 * ROWS :] + _fetch_scales(
+                absmax_ptr, absmax2_ptr, rows, next_unit, t, more, K, UNIT, RAGGED, BLOCK, NESTED
+            )
+            words = held[: 4 * ROWS * UNIT]
+            held = held[4 * ROWS * UNIT :]
+            for b in tl.static_range(UNIT):
+                held = held + _fetch(q_ptr, rows, next_unit, b, t, more, K, UNIT, RAGGED)
+            for b in tl.static_range(UNIT):
+                x = ()
+                if KEEP:
+                    for i in tl.static_range(8 * TILES):
+                        x = x + (kept[b * 8 * TILES + i],)
+                else:
+                    for i in tl.static_range(TILES):
+                        here = have[i]
+                        if RAGGED:
+                            here = here * (unit * UNIT + b < BLOCKS).to(tl.int32)
+                        x = x + load32((xs[i] + (unit * UNIT + b) * 128).to(tl.int64), here)
+                new = ()
+                for r in tl.static_range(ROWS):
+                    a00, a02, a10, a12 = decode8(words[(b * ROWS + r) * 4], low, high)
+                    a20, a22, a30, a32 = decode8(words[(b * ROWS + r) * 4 + 1], low, high)
+                    a01, a03, a11, a13 = decode8(words[(b * ROWS + r) * 4 + 2], low, high)
+                    a21, a23, a31, a33 = decode8(words[(b * ROWS + r) * 4 + 3], low, high)
+                    s0 = from_lane(now[2 * r], g * 4 + b)
+                    s1 = from_lane(now[2 * r + 1], g * 4 + b)
+                    for i in tl.static_range(TILES):
+                        c0, c1, c2, c3 = mma(a00, a01, a02, a03, x[8 * i], x[8 * i + 1], zero, zero, zero, zero, HALF)
+                        c0, c1, c2, c3 = mma(a10, a11, a12, a13, x[8 * i + 2], x[8 * i + 3], c0, c1, c2, c3, HALF)
+                        c0, c1, c2, c3 = mma(a20, a21, a22, a23, x[8 * i + 4], x[8 * i + 5], c0, c1, c2, c3, HALF)
+                        c0, c1, c2, c3 = mma(a30, a31, a32, a33, x[8 * i + 6], x[8 * i + 7], c0, c1, c2, c3, HALF)
+                        new = new + (
+                            acc[4 * (r * TILES + i)] + c0 * s0,
+                            acc[4 * (r * TILES + i) + 1] + c1 * s0,
+                            acc[4 * (r * TILES + i) + 2] + c2 * s1,
+                            acc[4 * (r * TILES + i) + 3] + c3 * s1,
+                        )
+                acc = new
+
+        # The sums of all warps, and what is added to them
+        for r in tl.static_range(ROWS):
+            row = begin_row + 16 * r + my_row
+            for i in tl.static_range(TILES):
+                at = sums_at + flip * (WARPS * STRIDE)
+                four = acc[4 * (r * TILES + i) : 4 * (r * TILES + i) + 4]
+                put4(at + warp * STRIDE + lane * 16, four[0], four[1], four[2], four[3])
+                tl.debug_barrier()
+                flip = 1 - flip  # written again only behind the next barrier, when all have read
+                m = (tl.program_id(1) * TILES + i) * 8 + my_token
+                at += part * STRIDE + value * 4
+                y = get(at) + get(at + PARTS * STRIDE) + get(at + 2 * PARTS * STRIDE) + get(at + 3 * PARTS * STRIDE)
+                y += bs[r * EACH]
+                for k in tl.static_range(1, EACH):
+                    at_k = (k - 1) * PARTS + part
+                    xa = tl.load(xa_ptr + m * RSUM + r0 + at_k, mask=(m < M) & (at_k < R), other=0.0)
+                    y += bs[r * EACH + k].to(tl.float32) * xa
+                y = sum_parts(y, PARTS)
+                inside = (row < n) & (m < M) & (part == 0)
+                tl.store(y_ptr + m.to(tl.int64) * N + column + row, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -284,6 +313,12 @@ def _down_kernel(
 
 
 # ---- launch ----
+@functools.cache
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU: a program fills one; in the interpreter any number will do."""
+    return 3 if INTERPRETED else torch.cuda.get_device_properties(device).multi_processor_count
+
+
 def can_gemv4(x: Tensor, q: Tensor, block: int, K: int) -> bool:
     """Whether `gemv4_group` takes rows x (M, K): on a GPU, few rows of 16 bits, K and blocks in runs of 64."""
     few = 0 < x.numel() <= MOST_ROWS * K
@@ -391,7 +426,8 @@ def _gemv4(
     if x.data_ptr() % 16:
         x = x.clone()
     tiles = 1 if M <= 8 else 2 if M <= 16 else 4
-    rows, depth, warps = plan(sum(N), K, tiles)
+    rows, unit, ahead, warps = plan(sum(N), K, tiles)
+    turns, programs = share([triton.cdiv(n, 16 * rows) for n in N], processors(x.device))
     each = len(scales) // len(q)
     other = next((t for t in b if t is not None), x)  # stands for a factor that is not there, and is not read
     parts = []
@@ -406,11 +442,11 @@ def _gemv4(
     early = early and not INTERPRETED
     launch = {"launch_pdl": True} if early else {}
     with torch.cuda.device_of(x):
-        _gemv4_kernel[(sum(triton.cdiv(n, 16 * rows) for n in N), triton.cdiv(M, 8 * tiles))](
-            x, tuple(parts), x if xa is None else xa, y, M, NS=tuple(N), RS=ranks,
+        _gemv4_kernel[(sum(programs), triton.cdiv(M, 8 * tiles))](
+            x, tuple(parts), x if xa is None else xa, y, M, NS=tuple(N), PROGRAMS=tuple(programs), TURNS=turns, RS=ranks,
             R2=0 if xa is None else triton.next_power_of_2(max(ranks)), BIAS=tuple(int(t is not None) for t in bias),
             HAS_BIAS=any(t is not None for t in bias), N=sum(N), RSUM=sum(ranks), K=K, BLOCK=block, NESTED=each > 1,
-            HALF=int(x.dtype == torch.float16), TILES=tiles, ROWS=rows, DEPTH=depth, WARPS=warps, EARLY=early,
+            HALF=int(x.dtype == torch.float16), TILES=tiles, ROWS=rows, UNIT=unit, AHEAD=ahead, WARPS=warps, EARLY=early,
             num_warps=warps, **launch,
         )  # fmt: skip
     return y

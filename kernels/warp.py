@@ -1,8 +1,7 @@
 """Instructions that Triton has no word for, a thread at a time: what gemv4.py is written in.
 
 Tensors have one element a thread, in thread order, because `mma` and shuffles want their operands in given lanes.
-A warp keeps a ring of its own in shared memory: bytes are copied into it by cp.async, which holds no register while
-they are under way, and no other warp is waited for.  Source: PTX ISA 8.4: cp.async, prmt, shfl, mma.m16n8k16.
+Source: PTX ISA 8.4: ld, prmt, shfl, mma.m16n8k16.
 """
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor
 
 from lora.kernels._triton import tl, triton
 
-RING = 32768  # bytes of shared memory a program: static memory ends at 48 KB, and Triton's own sums need some
+SUMS = 2 * 16 * 544  # bytes of shared memory that `sums` gives: two turns of 16 warps' sums, rows padded
 
 
 def permute_table(code: Tensor) -> Tensor:
@@ -31,72 +30,14 @@ def permute_table(code: Tensor) -> Tensor:
 
 
 @triton.jit
-def ring(like):
-    """The address of RING bytes of shared memory, the same in every thread; once a kernel."""
+def load8(p, have):
+    """8 bytes of codes at address p as two words, anything where `have` is 0; read once, so left out of the first cache."""
     return tl.inline_asm_elementwise(
-        ".shared .align 128 .b8 lora_ring[32768]; mov.u32 $0, lora_ring; // $1",
-        "=r,r",
-        [like],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
-
-
-@triton.jit
-def copy16(to, p):
-    """16 bytes from address p of global memory to address `to` of shared memory, later; past the first cache."""
-    return tl.inline_asm_elementwise(
-        "cp.async.cg.shared.global.L2::128B [$1], [$2], 16; mov.b32 $0, 0;",
-        "=r,r,l",
-        [to, p],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
-
-
-@triton.jit
-def commit(like):
-    """The copies so far, and since the last commit, are one group."""
-    return tl.inline_asm_elementwise(
-        "cp.async.commit_group; mov.b32 $0, 0; // $1", "=r,r", [like], dtype=tl.int32, is_pure=False, pack=1
-    )
-
-
-@triton.jit
-def arrived(like, LATER: tl.constexpr):
-    """Waits until at most LATER groups of this warp's copies are under way, and for its other lanes."""
-    if LATER == 0:
-        return tl.inline_asm_elementwise(
-            "cp.async.wait_group 0; bar.warp.sync 0xffffffff; mov.b32 $0, 0; // $1",
-            "=r,r", [like], dtype=tl.int32, is_pure=False, pack=1,
-        )  # fmt: skip
-    elif LATER == 1:
-        return tl.inline_asm_elementwise(
-            "cp.async.wait_group 1; bar.warp.sync 0xffffffff; mov.b32 $0, 0; // $1",
-            "=r,r", [like], dtype=tl.int32, is_pure=False, pack=1,
-        )  # fmt: skip
-    elif LATER == 2:
-        return tl.inline_asm_elementwise(
-            "cp.async.wait_group 2; bar.warp.sync 0xffffffff; mov.b32 $0, 0; // $1",
-            "=r,r", [like], dtype=tl.int32, is_pure=False, pack=1,
-        )  # fmt: skip
-    else:
-        return tl.inline_asm_elementwise(
-            "cp.async.wait_group 3; bar.warp.sync 0xffffffff; mov.b32 $0, 0; // $1",
-            "=r,r", [like], dtype=tl.int32, is_pure=False, pack=1,
-        )  # fmt: skip
-
-
-@triton.jit
-def read8(at):
-    """8 bytes at address `at` of shared memory and 8 more 1024 bytes on, as four words."""
-    return tl.inline_asm_elementwise(
-        "ld.shared.v2.b32 {$0, $1}, [$4]; ld.shared.v2.b32 {$2, $3}, [$4+1024];",
-        "=r,=r,=r,=r,r",
-        [at],
-        dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
+        "{ .reg .pred p; setp.ne.b32 p, $3, 0; "
+        "@p ld.global.nc.L1::no_allocate.L2::128B.v2.b32 {$0, $1}, [$2]; }",
+        "=r,=r,l,r",
+        [p, have],
+        dtype=(tl.int32, tl.int32),
         is_pure=False,
         pack=1,
     )
@@ -128,6 +69,58 @@ def from_lane(value, lane):
         dtype=tl.float32,
         is_pure=False,
         pack=1,
+    )
+
+
+@triton.jit
+def sum_parts(value, PARTS: tl.constexpr):
+    """The sum of `value` over the lanes that are 32 / PARTS apart; PARTS is 1, 2 or 4."""
+    if PARTS == 4:
+        return tl.inline_asm_elementwise(
+            """{ .reg .f32 a, b; shfl.sync.bfly.b32 a, $1, 8, 31, 0xffffffff; add.f32 a, a, $1;
+            shfl.sync.bfly.b32 b, a, 16, 31, 0xffffffff; add.f32 $0, a, b; }""",
+            "=f,f", [value], dtype=tl.float32, is_pure=False, pack=1,
+        )  # fmt: skip
+    elif PARTS == 2:
+        return tl.inline_asm_elementwise(
+            "{ .reg .f32 a; shfl.sync.bfly.b32 a, $1, 16, 31, 0xffffffff; add.f32 $0, a, $1; }",
+            "=f,f", [value], dtype=tl.float32, is_pure=False, pack=1,
+        )  # fmt: skip
+    else:
+        return value
+
+
+@triton.jit
+def sums(like):
+    """The address of SUMS bytes of shared memory, the same in every thread; once a kernel."""
+    return tl.inline_asm_elementwise(
+        ".shared .align 128 .b8 lora_sums[17408]; mov.u32 $0, lora_sums; // $1",
+        "=r,r",
+        [like],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
+def put4(at, a, b, c, d):
+    """Four float32 to address `at` of shared memory; returns `at`."""
+    return tl.inline_asm_elementwise(
+        "st.shared.v4.f32 [$1], {$2, $3, $4, $5}; mov.b32 $0, $1;",
+        "=r,r,f,f,f,f",
+        [at, a, b, c, d],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
+def get(at):
+    """A float32 from address `at` of shared memory."""
+    return tl.inline_asm_elementwise(
+        "ld.shared.f32 $0, [$1];", "=f,r", [at], dtype=tl.float32, is_pure=False, pack=1
     )
 
 

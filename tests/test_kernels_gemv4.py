@@ -14,42 +14,47 @@ from lora.kernels.code4 import Weight4, byte_table
 from lora.kernels.dispatch import INTERPRETED
 from lora.kernels.gemv4 import can_gemv4, down, gemv4, gemv4_group, permute_table
 from lora.kernels.linear4 import linears4
-from lora.kernels.warp import RING
+from lora.kernels.warp import SUMS
 from lora.quant.weight import Packed, quantize_tensor
 
 pytestmark = pytest.mark.usefixtures("triton_device")
 
 
-SHARED = torch.zeros(RING, dtype=torch.uint8)  # programs run one behind the other in the interpreter, so one will do
+SHARED = torch.zeros(SUMS, dtype=torch.uint8)  # programs run one behind the other in the interpreter, so one will do
 SHARED_AT = tl.constexpr(SHARED.data_ptr())
 
 
 @triton.jit
-def ring(like):
+def sums(like):
     return tl.zeros_like(like).to(tl.int64) + SHARED_AT
 
 
 @triton.jit
-def copy16(to, p):
-    to, p = to.to(tl.pointer_type(tl.int64)), p.to(tl.pointer_type(tl.int64))
-    tl.store(to, tl.load(p))
-    tl.store(to + 1, tl.load(p + 1))
+def put4(at, a, b, c, d):
+    p = at.to(tl.pointer_type(tl.float32))
+    tl.store(p, a)
+    tl.store(p + 1, b)
+    tl.store(p + 2, c)
+    tl.store(p + 3, d)
+    return at
 
 
 @triton.jit
-def commit(like):
-    pass
+def get(at):
+    return tl.load(at.to(tl.pointer_type(tl.float32)))
 
 
 @triton.jit
-def arrived(like, LATER: tl.constexpr):
-    pass
+def sum_parts(value, PARTS: tl.constexpr):
+    W: tl.constexpr = value.shape[0] // 32
+    total = tl.sum(tl.reshape(value, (W, PARTS, 32 // PARTS)), axis=1)
+    return tl.reshape(tl.broadcast_to(total[:, None, :], (W, PARTS, 32 // PARTS)), (32 * W,))
 
 
 @triton.jit
-def read8(at):
-    words = at.to(tl.pointer_type(tl.int32))
-    return tl.load(words), tl.load(words + 1), tl.load(words + 256), tl.load(words + 257)
+def load8(p, have):
+    words = p.to(tl.pointer_type(tl.int32))
+    return tl.load(words, mask=have != 0, other=-1), tl.load(words + 1, mask=have != 0, other=-1)
 
 
 @triton.jit
@@ -132,7 +137,7 @@ def mma(a0, a1, a2, a3, b0, b1, c0, c1, c2, c3, HALF: tl.constexpr):
 @pytest.fixture(autouse=True)
 def definitions(monkeypatch: pytest.MonkeyPatch) -> None:
     if INTERPRETED:
-        for function in (ring, copy16, commit, arrived, read8, load32, from_lane, decode8, mma):
+        for function in (sums, put4, get, sum_parts, load8, load32, from_lane, decode8, mma):
             monkeypatch.setattr(kernel, function.fn.__name__, function)
 
 
@@ -166,7 +171,7 @@ def test_permute_table_holds_the_codes_as_bytes(triton_device: torch.device) -> 
 
 
 @pytest.mark.parametrize("double", [False, True])
-@pytest.mark.parametrize(("N", "K", "M"), [(16, 64, 1), (40, 192, 3), (17, 320, 8), (33, 128, 13), (16, 576, 30)])
+@pytest.mark.parametrize(("N", "K", "M"), [(16, 64, 1), (40, 192, 3), (17, 320, 8), (100, 128, 13), (16, 2112, 30)])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_gemv4_errs_less_than_a_rounded_weight(
     triton_device: torch.device, dtype: torch.dtype, N: int, K: int, M: int, double: bool
@@ -181,6 +186,21 @@ def test_gemv4_errs_less_than_a_rounded_weight(
     assert got.shape == (M, N) and got.dtype == dtype
     assert float((got.double() - want).norm()) <= 1.1 * rounded + 1.1 * store
     assert torch.equal(got, call(x, p))
+
+
+@pytest.mark.parametrize("plan", [(1, 4, 4), (2, 2, 4), (2, 1, 8), (1, 1, 16)], ids=str)
+@pytest.mark.parametrize(("N", "K", "M"), [(72, 1088, 3), (130, 512, 11)])
+def test_gemv4_is_right_by_any_plan(
+    triton_device: torch.device, monkeypatch: pytest.MonkeyPatch, plan: tuple[int, int, int], N: int, K: int, M: int
+) -> None:
+    """Programs with several turns, turns with several steps, units that end behind the row."""
+    p = packed(N, K, True, triton_device)
+    x, bias = torch.randn(M, K, device=triton_device).half(), torch.randn(N, device=triton_device).half()
+    a, b = torch.randn(3, K, device=triton_device), torch.randn(N, 3, device=triton_device)
+    want = exact(x, p)[0] + bias.double() + (x.double() @ a.double().T) @ b.double().T
+    monkeypatch.setattr(kernel, "plan", lambda N, K, tiles: plan)
+    got = call(x, p, bias, (a, b, 1.0)).double()
+    assert float((got - want).norm() / want.norm()) < 1e-3
 
 
 @pytest.mark.parametrize("block", [128, 512, 4096])
