@@ -18,6 +18,7 @@ Source: PTX ISA, mma.m16n8k16; scale after the sum as in Marlin, arXiv:2408.1174
 
 import functools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,22 +26,37 @@ from torch import Tensor
 from lora.kernels._triton import tl, triton
 from lora.kernels.code4 import Low, Weight4
 from lora.kernels.dispatch import INTERPRETED, use_triton
-from lora.kernels.warp import decode8, from_lane, get, load8, load32, mma, permute_table, put4, sum_parts, sums
+from lora.kernels.warp import (
+    decode8, from_lane, get, load8, load32, look8, mma, permute_table, put4, put_same, raise_flag, shared, start_flags,
+    sum_parts, wait_flag,
+)  # fmt: skip
 
 __all__ = ["MOST_ROWS", "can_gemv4", "down", "gemv4", "gemv4_group", "permute_table"]
 
 MOST_ROWS = 64  # of x; beyond, decoding into a buffer and a plain product is faster (LOG.md)
 
 
-def plan(N: int, K: int, tiles: int) -> tuple[int, int, int, int]:
-    """ROWS, UNIT, AHEAD and WARPS of the kernel."""
+class Plan(NamedTuple):
+    """How the kernel goes about a shape: see its arguments of these names."""
+
+    rows: int = 1
+    unit: int = 4
+    ahead: int = 1
+    look: int = 2
+    warps: int = 16
+
+
+def plan(N: int, K: int, tiles: int) -> Plan:
+    """The plan for N rows in all and a K; measured, see LOG.md."""
     blocks = K // 64
 
     def read(unit: int) -> int:  # blocks that 16 warps read, some behind the row
         return -(-blocks // (16 * unit)) * 16 * unit
 
     unit = min((4, 2, 1), key=lambda unit: (read(unit) > 1.05 * blocks, read(unit), -unit))
-    return 1, unit, 1, 16
+    if tiles > 1:
+        return Plan(2 if tiles == 2 else 1, min(unit, 2), 1, 2)
+    return Plan(1, unit, 2 if unit == 4 and K > 4096 else 1, 2)
 
 
 def share(groups: Sequence[int], most: int) -> tuple[int, list[int]]:
@@ -53,21 +69,24 @@ def share(groups: Sequence[int], most: int) -> tuple[int, list[int]]:
 
 # ---- kernel ----
 @triton.jit
-def _fetch(q_ptr, rows, unit, b, t, have, K: tl.constexpr, UNIT: tl.constexpr, RAGGED: tl.constexpr):
-    """The codes of block b of a unit: for each of a thread's rows, two words."""
-    in_row = (unit * UNIT + b) * 32
-    if RAGGED:
-        in_row = tl.minimum(in_row, K // 2 - 32)  # what lies behind the row meets zeros of x
-    words = ()
+def _fetch(q_ptr, rows, unit, t, more, K: tl.constexpr, UNIT: tl.constexpr, RAGGED: tl.constexpr):
+    """The codes of a unit: for each block and each of a thread's rows, two words."""
+    starts, words = (), ()
     for j in tl.static_range(len(rows)):
-        w0, w1 = load8((q_ptr + (rows[j].to(tl.int64) * (K // 2) + (in_row + t * 8))).to(tl.int64), have)
-        words = words + (w0, w1)
+        starts = starts + ((q_ptr + rows[j].to(tl.int64) * (K // 2) + (unit * (UNIT * 32) + t * 8)).to(tl.int64),)
+    for b in tl.static_range(UNIT):
+        back = 0
+        if RAGGED:  # what lies behind the row meets zeros of x
+            back = tl.maximum(unit * (UNIT * 32) + b * 32 - (K // 2 - 32), 0)
+        for j in tl.static_range(len(rows)):
+            w0, w1 = load8(starts[j] + b * 32 - back, more)
+            words = words + (w0, w1)
     return words
 
 
 @triton.jit
 def _fetch_scales(
-    absmax_ptr, absmax2_ptr, rows, unit, t, have,
+    absmax_ptr, absmax2_ptr, rows, unit, t, more,
     K: tl.constexpr, UNIT: tl.constexpr, RAGGED: tl.constexpr, BLOCK: tl.constexpr, NESTED: tl.constexpr,
 ):  # fmt: skip
     """For each of a thread's rows the scale of block t of the unit; nested: its byte and its own scale."""
@@ -76,22 +95,73 @@ def _fetch_scales(
         block = tl.minimum(block, K // 64 - 1)
     held = ()
     for j in tl.static_range(len(rows)):
-        at = (rows[j] * (K // 64) + block) // (BLOCK // 64)
-        s = tl.load(absmax_ptr + at, mask=have != 0, other=0)
+        at = (rows[j] * (K // 64) + block).to(tl.uint32) // (BLOCK // 64)
+        s = tl.load(absmax_ptr + at, mask=more != 0)
         s2 = s
         if NESTED:
-            s2 = tl.load(absmax2_ptr + at // 256, mask=have != 0, other=0)
+            s2 = tl.load(absmax2_ptr + at // 256, mask=more != 0)
         held = held + (s, s2)
     return held
 
 
 @triton.jit
-def _rows(row0, n, g, ROWS: tl.constexpr):
+def _fetch_x(
+    xs, have, unit,
+    K: tl.constexpr, UNIT: tl.constexpr, RAGGED: tl.constexpr,
+):  # fmt: skip
+    """x of a unit: for each block and each 8 tokens, eight words; zeros where there is no token, or no block."""
+    x = ()
+    for b in tl.static_range(UNIT):
+        for i in tl.static_range(len(xs)):
+            here = have[i]
+            if RAGGED:
+                here = here * (unit * UNIT + b < K // 64).to(tl.int32)
+            x = x + load32((xs[i] + unit * (UNIT * 128)).to(tl.int64) + b * 128, here)
+    return x
+
+
+@triton.jit
+def _rows(row0, n, g, ROWS: tl.constexpr, EVEN: tl.constexpr):
     """A thread's rows; those beyond the last are the last, and are not stored."""
     rows = ()
     for j in tl.static_range(2 * ROWS):
-        rows = rows + (tl.minimum(row0 + 8 * j + g, n - 1),)
+        row = row0 + 8 * j + g
+        if not EVEN:
+            row = tl.minimum(row, n - 1)
+        rows = rows + (row,)
     return rows
+
+
+@triton.jit
+def _decode(word, i: tl.constexpr, pairs_at, low, high, LOOK: tl.constexpr):
+    """Eight codes, by shared memory or by the permute: the two share the work, as each has its own pipe."""
+    if i < LOOK:
+        return look8(word, pairs_at)
+    else:
+        return decode8(word, low, high)
+
+
+@triton.jit
+def _finish(
+    turn, begin_row, tile, bias_and_b,
+    sums_at, flags_at, xa_ptr, y_ptr, M, n, column, R, r0, value, part,
+    N: tl.constexpr, RSUM: tl.constexpr, EACH: tl.constexpr, TILES: tl.constexpr, WARPS: tl.constexpr,
+    PARTS: tl.constexpr, STRIDE: tl.constexpr,
+):  # fmt: skip
+    """Adds up what all warps have put down in their turn `turn`, and what belongs to it, and stores it."""
+    wait_flag(flags_at + turn % 2 * 8, turn // 2 % 2)
+    at = sums_at + turn % 2 * (WARPS * STRIDE) + part * STRIDE + value * 4
+    y = get(at) + get(at + PARTS * STRIDE) + get(at + 2 * PARTS * STRIDE) + get(at + 3 * PARTS * STRIDE)
+    row = begin_row + value // 16 + value % 4 // 2 * 8
+    m = (tl.program_id(1) * TILES + tile) * 8 + value // 4 % 4 * 2 + value % 2
+    y += bias_and_b[0]
+    for k in tl.static_range(1, EACH):
+        at_k = (k - 1) * PARTS + part
+        xa = tl.load(xa_ptr + m * RSUM + r0 + at_k, mask=(m < M) & (at_k < R), other=0.0)
+        y += bias_and_b[k].to(tl.float32) * xa
+    y = sum_parts(y, PARTS)
+    inside = (row < n) & (m < M) & (part == 0)
+    tl.store(y_ptr + m.to(tl.int64) * N + column + row, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -119,16 +189,20 @@ def _gemv4_kernel(
     ROWS: tl.constexpr,  # times 16 rows that a warp takes at once
     UNIT: tl.constexpr,  # blocks of 64 that a warp takes at once: 1, 2 or 4
     AHEAD: tl.constexpr,  # units whose codes are under way
+    LOOK: tl.constexpr,  # of the four words of a block that a thread decodes, those looked up in shared memory
     WARPS: tl.constexpr,  # 4, 8 or 16, side by side along K
+    EVEN: tl.constexpr,  # whole groups in every weight
     EARLY: tl.constexpr,  # start before the launch before this one ends, and wait for it only where x is read
 ):  # fmt: skip
     BLOCKS: tl.constexpr = K // 64
     STEPS: tl.constexpr = (BLOCKS + UNIT * WARPS - 1) // (UNIT * WARPS)
     RAGGED: tl.constexpr = BLOCKS % (UNIT * WARPS) != 0  # some units end behind the row
     PARTS: tl.constexpr = WARPS // 4
-    STRIDE: tl.constexpr = 512 + 128 // PARTS % 128  # so that parts read from different banks
     EACH: tl.constexpr = 1 + (R2 + PARTS - 1) // PARTS  # what a thread adds to a sum: bias, and its columns of b
+    STRIDE: tl.constexpr = 512 + 128 // PARTS % 128  # so that parts read from different banks
     KEEP: tl.constexpr = STEPS == 1 and TILES * UNIT <= 4  # a thread's x is the same in every turn
+    HOLD: tl.constexpr = not KEEP and TILES * UNIT <= 2  # x of the next unit is under way too
+    LATE: tl.constexpr = ROWS * TILES == 1  # sums are added up a turn later, so that no warp waits for another
     thread = tl.arange(0, 32 * WARPS)
     warp, lane = thread // 32, thread % 32
     g, t = lane // 4, lane % 4
@@ -158,10 +232,9 @@ def _gemv4_kernel(
     for i in tl.static_range(AHEAD):
         start = row0 + i // STEPS * (16 * ROWS)
         more = yes * (start < last).to(tl.int32)
-        rows = _rows(start, n, g, ROWS)
+        rows = _rows(start, n, g, ROWS, EVEN)
         unit = i % STEPS * WARPS + warp
-        for b in tl.static_range(UNIT):
-            held = held + _fetch(q_ptr, rows, unit, b, t, more, K, UNIT, RAGGED)
+        held = held + _fetch(q_ptr, rows, unit, t, more, K, UNIT, RAGGED)
         scales = scales + _fetch_scales(absmax_ptr, absmax2_ptr, rows, unit, t, more, K, UNIT, RAGGED, BLOCK, NESTED)
     entry = table_ptr + HALF * 256 + lane
     low = (tl.load(entry), tl.load(entry + 32), tl.load(entry + 64), tl.load(entry + 96))
@@ -169,11 +242,19 @@ def _gemv4_kernel(
     offset = 0.0
     if NESTED:
         offset = tl.load(offset_ptr)
+    pairs_at, sums_at, flags_at = shared(thread)
+    start_flags(flags_at, yes * WARPS)
+    if LOOK:
+        for i in tl.static_range((255 + 32 * WARPS) // (32 * WARPS)):
+            byte = (thread + i * 32 * WARPS) % 256
+            pair, _1, _2, _3 = decode8(byte * 0x01010101, low, high)
+            for j in tl.static_range(4):
+                put_same(pairs_at + byte * 64 + (j + thread) % 4 * 16, pair)
+    pairs_at += lane % 16 * 4
+    tl.debug_barrier()
     # A thread adds up value `value` of 128 (16 rows x 8 tokens) over every PARTS-th warp from `part` on
     value, part = warp * (128 // WARPS) + lane % (128 // WARPS), lane // (128 // WARPS)
-    my_row, my_token = value // 16 + value % 4 // 2 * 8, value // 4 % 4 * 2 + value % 2
-    sums_at = sums(thread)
-    flip = 0
+    my_row = value // 16 + value % 4 // 2 * 8
     if EARLY:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
@@ -183,72 +264,65 @@ def _gemv4_kernel(
     for i in tl.static_range(TILES):
         xs = xs + (x_ptr.to(tl.pointer_type(tl.uint8)) + (token + 8 * i).to(tl.int64) * (2 * K) + t * 32,)
         have = have + ((token + 8 * i < M).to(tl.int32),)
-    kept = ()
-    if KEEP:
-        for b in tl.static_range(UNIT):
-            for i in tl.static_range(TILES):
-                here = have[i]
-                if RAGGED:
-                    here = here * (warp * UNIT + b < BLOCKS).to(tl.int32)
-                kept = kept + load32((xs[i] + (warp * UNIT + b) * 128).to(tl.int64), here)
+    x = ()
+    if KEEP or HOLD:
+        x = _fetch_x(xs, have, warp, K, UNIT, RAGGED)
     zero = tl.zeros((32 * WARPS,), tl.float32)
+    none = (zero,) * EACH
+    before, turn = none, 0
     for begin_row in range(row0, last, 16 * ROWS):
-        bs = ()
+        bias_and_b = ()
         for r in tl.static_range(ROWS):
             row = begin_row + 16 * r + my_row
             added = zero
             if HAS_BIAS:
                 mask = (row < n) & (has_bias != 0) & (part == 0)
                 added += tl.load(bias_ptr + row, mask=mask, other=0.0).to(tl.float32)
-            bs = bs + (added,)
-            if R2:
-                for i in tl.static_range(EACH - 1):
-                    k = i * PARTS + part
-                    bs = bs + (tl.load(b_ptr + row.to(tl.int64) * R + k, mask=(row < n) & (k < R), other=0.0),)
+            bias_and_b = bias_and_b + (added,)
+            for i in tl.static_range(EACH - 1):
+                k = i * PARTS + part
+                b = tl.load(b_ptr + row.to(tl.int64) * R + k, mask=(row < n) & (k < R), other=0.0)
+                bias_and_b = bias_and_b + (b.to(tl.float32),)
         acc = (zero, zero, zero, zero) * (TILES * ROWS)
         for step in range(STEPS):
             unit = step * WARPS + warp
             next_row0 = begin_row + (step + AHEAD) // STEPS * (16 * ROWS)
             next_unit = (step + AHEAD) % STEPS * WARPS + warp
             more = yes * (next_row0 < last).to(tl.int32)
-            rows = _rows(next_row0, n, g, ROWS)
+            rows = _rows(next_row0, n, g, ROWS, EVEN)
             now = ()
             for j in tl.static_range(2 * ROWS):
                 if NESTED:  # a product, then a sum
                     now = now + (tl.load(map_ptr + scales[2 * j].to(tl.int32)) * scales[2 * j + 1] + offset,)
                 else:
                     now = now + (scales[2 * j],)
+            words = held[: 4 * ROWS * UNIT]
+            held = held[4 * ROWS * UNIT :] + _fetch(q_ptr, rows, next_unit, t, more, K, UNIT, RAGGED)
             scales = scales[4 * ROWS :] + _fetch_scales(
                 absmax_ptr, absmax2_ptr, rows, next_unit, t, more, K, UNIT, RAGGED, BLOCK, NESTED
             )
-            words = held[: 4 * ROWS * UNIT]
-            held = held[4 * ROWS * UNIT :]
+            if KEEP:
+                x_now = x
+            elif HOLD:
+                x_now = x
+                x = _fetch_x(xs, have, (step + 1) % STEPS * WARPS + warp, K, UNIT, RAGGED)
+            else:
+                x_now = _fetch_x(xs, have, unit, K, UNIT, RAGGED)
             for b in tl.static_range(UNIT):
-                held = held + _fetch(q_ptr, rows, next_unit, b, t, more, K, UNIT, RAGGED)
-            for b in tl.static_range(UNIT):
-                x = ()
-                if KEEP:
-                    for i in tl.static_range(8 * TILES):
-                        x = x + (kept[b * 8 * TILES + i],)
-                else:
-                    for i in tl.static_range(TILES):
-                        here = have[i]
-                        if RAGGED:
-                            here = here * (unit * UNIT + b < BLOCKS).to(tl.int32)
-                        x = x + load32((xs[i] + (unit * UNIT + b) * 128).to(tl.int64), here)
                 new = ()
                 for r in tl.static_range(ROWS):
-                    a00, a02, a10, a12 = decode8(words[(b * ROWS + r) * 4], low, high)
-                    a20, a22, a30, a32 = decode8(words[(b * ROWS + r) * 4 + 1], low, high)
-                    a01, a03, a11, a13 = decode8(words[(b * ROWS + r) * 4 + 2], low, high)
-                    a21, a23, a31, a33 = decode8(words[(b * ROWS + r) * 4 + 3], low, high)
+                    a00, a02, a10, a12 = _decode(words[(b * ROWS + r) * 4], 0, pairs_at, low, high, LOOK)
+                    a20, a22, a30, a32 = _decode(words[(b * ROWS + r) * 4 + 1], 2, pairs_at, low, high, LOOK)
+                    a01, a03, a11, a13 = _decode(words[(b * ROWS + r) * 4 + 2], 1, pairs_at, low, high, LOOK)
+                    a21, a23, a31, a33 = _decode(words[(b * ROWS + r) * 4 + 3], 3, pairs_at, low, high, LOOK)
                     s0 = from_lane(now[2 * r], g * 4 + b)
                     s1 = from_lane(now[2 * r + 1], g * 4 + b)
                     for i in tl.static_range(TILES):
-                        c0, c1, c2, c3 = mma(a00, a01, a02, a03, x[8 * i], x[8 * i + 1], zero, zero, zero, zero, HALF)
-                        c0, c1, c2, c3 = mma(a10, a11, a12, a13, x[8 * i + 2], x[8 * i + 3], c0, c1, c2, c3, HALF)
-                        c0, c1, c2, c3 = mma(a20, a21, a22, a23, x[8 * i + 4], x[8 * i + 5], c0, c1, c2, c3, HALF)
-                        c0, c1, c2, c3 = mma(a30, a31, a32, a33, x[8 * i + 6], x[8 * i + 7], c0, c1, c2, c3, HALF)
+                        xb = x_now[8 * (b * TILES + i) : 8 * (b * TILES + i) + 8]
+                        c0, c1, c2, c3 = mma(a00, a01, a02, a03, xb[0], xb[1], zero, zero, zero, zero, HALF)
+                        c0, c1, c2, c3 = mma(a10, a11, a12, a13, xb[2], xb[3], c0, c1, c2, c3, HALF)
+                        c0, c1, c2, c3 = mma(a20, a21, a22, a23, xb[4], xb[5], c0, c1, c2, c3, HALF)
+                        c0, c1, c2, c3 = mma(a30, a31, a32, a33, xb[6], xb[7], c0, c1, c2, c3, HALF)
                         new = new + (
                             acc[4 * (r * TILES + i)] + c0 * s0,
                             acc[4 * (r * TILES + i) + 1] + c1 * s0,
@@ -257,26 +331,34 @@ def _gemv4_kernel(
                         )
                 acc = new
 
-        # The sums of all warps, and what is added to them
+        # A warp puts its sums down and raises a flag; those of all warps are added up when all flags of a turn are up
+        if LATE:
+            if turn > 0:
+                _finish(
+                    turn - 1, begin_row - 16, 0, before,
+                    sums_at, flags_at, xa_ptr, y_ptr, M, n, column, R, r0, value, part,
+                    N, RSUM, EACH, TILES, WARPS, PARTS, STRIDE,
+                )  # fmt: skip
+            before = bias_and_b
         for r in tl.static_range(ROWS):
-            row = begin_row + 16 * r + my_row
             for i in tl.static_range(TILES):
-                at = sums_at + flip * (WARPS * STRIDE)
                 four = acc[4 * (r * TILES + i) : 4 * (r * TILES + i) + 4]
-                put4(at + warp * STRIDE + lane * 16, four[0], four[1], four[2], four[3])
-                tl.debug_barrier()
-                flip = 1 - flip  # written again only behind the next barrier, when all have read
-                m = (tl.program_id(1) * TILES + i) * 8 + my_token
-                at += part * STRIDE + value * 4
-                y = get(at) + get(at + PARTS * STRIDE) + get(at + 2 * PARTS * STRIDE) + get(at + 3 * PARTS * STRIDE)
-                y += bs[r * EACH]
-                for k in tl.static_range(1, EACH):
-                    at_k = (k - 1) * PARTS + part
-                    xa = tl.load(xa_ptr + m * RSUM + r0 + at_k, mask=(m < M) & (at_k < R), other=0.0)
-                    y += bs[r * EACH + k].to(tl.float32) * xa
-                y = sum_parts(y, PARTS)
-                inside = (row < n) & (m < M) & (part == 0)
-                tl.store(y_ptr + m.to(tl.int64) * N + column + row, y.to(y_ptr.dtype.element_ty), mask=inside)
+                at = sums_at + turn % 2 * (WARPS * STRIDE) + warp * STRIDE + lane * 16
+                put4(at, four[0], four[1], four[2], four[3])
+                raise_flag(flags_at + turn % 2 * 8)
+                if not LATE:
+                    _finish(
+                        turn, begin_row + 16 * r, i, bias_and_b[r * EACH : (r + 1) * EACH],
+                        sums_at, flags_at, xa_ptr, y_ptr, M, n, column, R, r0, value, part,
+                        N, RSUM, EACH, TILES, WARPS, PARTS, STRIDE,
+                    )  # fmt: skip
+                turn += 1
+    if LATE:
+        _finish(
+            turn - 1, row0 + (turn - 1) * 16, 0, before,
+            sums_at, flags_at, xa_ptr, y_ptr, M, n, column, R, r0, value, part,
+            N, RSUM, EACH, TILES, WARPS, PARTS, STRIDE,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -426,7 +508,7 @@ def _gemv4(
     if x.data_ptr() % 16:
         x = x.clone()
     tiles = 1 if M <= 8 else 2 if M <= 16 else 4
-    rows, unit, ahead, warps = plan(sum(N), K, tiles)
+    rows, unit, ahead, look, warps = plan(sum(N), K, tiles)
     turns, programs = share([triton.cdiv(n, 16 * rows) for n in N], processors(x.device))
     each = len(scales) // len(q)
     other = next((t for t in b if t is not None), x)  # stands for a factor that is not there, and is not read
@@ -446,7 +528,7 @@ def _gemv4(
             x, tuple(parts), x if xa is None else xa, y, M, NS=tuple(N), PROGRAMS=tuple(programs), TURNS=turns, RS=ranks,
             R2=0 if xa is None else triton.next_power_of_2(max(ranks)), BIAS=tuple(int(t is not None) for t in bias),
             HAS_BIAS=any(t is not None for t in bias), N=sum(N), RSUM=sum(ranks), K=K, BLOCK=block, NESTED=each > 1,
-            HALF=int(x.dtype == torch.float16), TILES=tiles, ROWS=rows, UNIT=unit, AHEAD=ahead, WARPS=warps, EARLY=early,
+            HALF=int(x.dtype == torch.float16), TILES=tiles, ROWS=rows, UNIT=unit, AHEAD=ahead, LOOK=look, EVEN=all(n % (16 * rows) == 0 for n in N), WARPS=warps, EARLY=early,
             num_warps=warps, **launch,
         )  # fmt: skip
     return y

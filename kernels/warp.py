@@ -9,7 +9,9 @@ from torch import Tensor
 
 from lora.kernels._triton import tl, triton
 
-SUMS = 2 * 16 * 544  # bytes of shared memory that `sums` gives: two turns of 16 warps' sums, rows padded
+# Bytes of shared memory of a kernel.  Static memory ends at 48 KB, which Triton does not raise.
+SUMS = 2 * 16 * 544  # two turns of 16 warps' sums, rows padded
+PAIRS = 256 * 16 * 4  # for each byte of codes its two values, once for every two lanes
 
 
 def permute_table(code: Tensor) -> Tensor:
@@ -91,13 +93,85 @@ def sum_parts(value, PARTS: tl.constexpr):
 
 
 @triton.jit
-def sums(like):
-    """The address of SUMS bytes of shared memory, the same in every thread; once a kernel."""
+def shared(like):
+    """Addresses of shared memory, the same in every thread, once a kernel: PAIRS bytes, SUMS bytes, two flags."""
     return tl.inline_asm_elementwise(
-        ".shared .align 128 .b8 lora_sums[17408]; mov.u32 $0, lora_sums; // $1",
-        "=r,r",
+        ".shared .align 128 .b8 lora_pairs[16384]; .shared .align 128 .b8 lora_sums[17408]; "
+        ".shared .align 8 .b64 lora_flags[2]; "
+        "mov.u32 $0, lora_pairs; mov.u32 $1, lora_sums; mov.u32 $2, lora_flags; // $3",
+        "=r,=r,=r,r",
         [like],
+        dtype=(tl.int32, tl.int32, tl.int32),
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
+def start_flags(at, warps):
+    """Each of the two flags will be up when `warps` warps have raised it, and then again."""
+    return tl.inline_asm_elementwise(
+        """{ .reg .pred p; .reg .b32 t; mov.u32 t, %tid.x; setp.eq.u32 p, t, 0;
+        @p mbarrier.init.shared.b64 [$1], $2; @p mbarrier.init.shared.b64 [$1+8], $2; mov.b32 $0, 0; }""",
+        "=r,r,r",
+        [at, warps],
         dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
+def raise_flag(at):
+    """This warp is ready: what its lanes have put into shared memory is seen by whoever waits for the flag."""
+    return tl.inline_asm_elementwise(
+        """{ .reg .pred p; .reg .b32 l; mov.u32 l, %laneid; setp.eq.u32 p, l, 0; bar.warp.sync 0xffffffff;
+        @p mbarrier.arrive.shared.b64 _, [$1]; mov.b32 $0, 0; }""",
+        "=r,r",
+        [at],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
+def wait_flag(at, phase):
+    """Until the flag has been up `phase` + 1 times, counted modulo 2."""
+    return tl.inline_asm_elementwise(
+        """{ .reg .pred p; WAIT: mbarrier.try_wait.parity.shared.b64 p, [$1], $2; @!p bra WAIT; mov.b32 $0, 0; }""",
+        "=r,r,r",
+        [at, phase],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
+def put_same(at, word):
+    """One word four times to address `at` of shared memory."""
+    return tl.inline_asm_elementwise(
+        "st.shared.v4.b32 [$1], {$2, $2, $2, $2}; mov.b32 $0, 0;",
+        "=r,r,r",
+        [at, word],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
+def look8(word, at):
+    """What `decode8` gives, from the table of pairs that begins, for this lane, at address `at` of shared memory."""
+    return tl.inline_asm_elementwise(
+        """{ .reg .b32 a, b, c, d;
+        prmt.b32 a, $4, 0, 0x4440; prmt.b32 b, $4, 0, 0x4441; prmt.b32 c, $4, 0, 0x4442; prmt.b32 d, $4, 0, 0x4443;
+        mad.lo.u32 a, a, 64, $5; mad.lo.u32 b, b, 64, $5; mad.lo.u32 c, c, 64, $5; mad.lo.u32 d, d, 64, $5;
+        ld.shared.b32 $0, [a]; ld.shared.b32 $1, [b]; ld.shared.b32 $2, [c]; ld.shared.b32 $3, [d]; }""",
+        "=&r,=&r,=&r,=&r,r,r",
+        [word, at],
+        dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
         is_pure=False,
         pack=1,
     )

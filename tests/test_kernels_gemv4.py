@@ -14,19 +14,50 @@ from lora.kernels.code4 import Weight4, byte_table
 from lora.kernels.dispatch import INTERPRETED
 from lora.kernels.gemv4 import can_gemv4, down, gemv4, gemv4_group, permute_table
 from lora.kernels.linear4 import linears4
-from lora.kernels.warp import SUMS
+from lora.kernels.warp import PAIRS, SUMS
 from lora.quant.weight import Packed, quantize_tensor
 
 pytestmark = pytest.mark.usefixtures("triton_device")
 
 
-SHARED = torch.zeros(SUMS, dtype=torch.uint8)  # programs run one behind the other in the interpreter, so one will do
-SHARED_AT = tl.constexpr(SHARED.data_ptr())
+# Programs run one behind the other in the interpreter, and all threads at once, so one memory will do for all
+SHARED = torch.zeros(PAIRS + SUMS, dtype=torch.uint8)
+PAIRS_AT, SUMS_AT = tl.constexpr(SHARED.data_ptr()), tl.constexpr(SHARED.data_ptr() + PAIRS)
 
 
 @triton.jit
-def sums(like):
-    return tl.zeros_like(like).to(tl.int64) + SHARED_AT
+def shared(like):
+    zero = tl.zeros_like(like).to(tl.int64)
+    return zero + PAIRS_AT, zero + SUMS_AT, zero
+
+
+@triton.jit
+def start_flags(at, warps):
+    pass
+
+
+@triton.jit
+def raise_flag(at):
+    pass
+
+
+@triton.jit
+def wait_flag(at, phase):
+    pass
+
+
+@triton.jit
+def put_same(at, word):
+    for i in tl.static_range(4):
+        tl.store(at.to(tl.pointer_type(tl.int32)) + i, word)
+
+
+@triton.jit
+def look8(word, at):
+    a = tl.load((at + (word & 255) * 64).to(tl.pointer_type(tl.int32)))
+    b = tl.load((at + ((word >> 8) & 255) * 64).to(tl.pointer_type(tl.int32)))
+    c = tl.load((at + ((word >> 16) & 255) * 64).to(tl.pointer_type(tl.int32)))
+    return a, b, c, tl.load((at + ((word >> 24) & 255) * 64).to(tl.pointer_type(tl.int32)))
 
 
 @triton.jit
@@ -137,7 +168,11 @@ def mma(a0, a1, a2, a3, b0, b1, c0, c1, c2, c3, HALF: tl.constexpr):
 @pytest.fixture(autouse=True)
 def definitions(monkeypatch: pytest.MonkeyPatch) -> None:
     if INTERPRETED:
-        for function in (sums, put4, get, sum_parts, load8, load32, from_lane, decode8, mma):
+        stands = (
+            shared, start_flags, raise_flag, wait_flag, put_same, put4, get, sum_parts, look8, decode8, load8, load32,
+            from_lane, mma,
+        )  # fmt: skip
+        for function in stands:
             monkeypatch.setattr(kernel, function.fn.__name__, function)
 
 
@@ -188,17 +223,17 @@ def test_gemv4_errs_less_than_a_rounded_weight(
     assert torch.equal(got, call(x, p))
 
 
-@pytest.mark.parametrize("plan", [(1, 4, 4), (2, 2, 4), (2, 1, 8), (1, 1, 16)], ids=str)
+@pytest.mark.parametrize("plan", [(1, 4, 1, 2, 4), (2, 2, 2, 0, 4), (2, 1, 1, 4, 8), (1, 1, 2, 1, 16)], ids=str)
 @pytest.mark.parametrize(("N", "K", "M"), [(72, 1088, 3), (130, 512, 11)])
 def test_gemv4_is_right_by_any_plan(
-    triton_device: torch.device, monkeypatch: pytest.MonkeyPatch, plan: tuple[int, int, int], N: int, K: int, M: int
+    triton_device: torch.device, monkeypatch: pytest.MonkeyPatch, plan: tuple[int, ...], N: int, K: int, M: int
 ) -> None:
     """Programs with several turns, turns with several steps, units that end behind the row."""
     p = packed(N, K, True, triton_device)
     x, bias = torch.randn(M, K, device=triton_device).half(), torch.randn(N, device=triton_device).half()
     a, b = torch.randn(3, K, device=triton_device), torch.randn(N, 3, device=triton_device)
     want = exact(x, p)[0] + bias.double() + (x.double() @ a.double().T) @ b.double().T
-    monkeypatch.setattr(kernel, "plan", lambda N, K, tiles: plan)
+    monkeypatch.setattr(kernel, "plan", lambda N, K, tiles: kernel.Plan(*plan))
     got = call(x, p, bias, (a, b, 1.0)).double()
     assert float((got - want).norm() / want.norm()) < 1e-3
 
