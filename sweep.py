@@ -12,11 +12,11 @@ def load(name, subs, path="kernels/gemv4.py", wsubs=()):
         for a, b in wsubs:
             assert a in w, (name, a)
             w = w.replace(a, b)
-        f = f"{OUT}/warp_{name}_{os.getpid()}.py"; open(f, "w").write(w)
+        f = f"/tmp/warp_{name}_{os.getpid()}.py"; open(f, "w").write(w)
         spec = importlib.util.spec_from_file_location(f"warp_{name}", f); m = importlib.util.module_from_spec(spec); sys.modules[f"warp_{name}"] = m; spec.loader.exec_module(m)
         src = src.replace("from lora.kernels.warp import", f"from warp_{name} import")
     src = src.replace('"lora::gemv4"', f'"lora::gemv4_{name}"').replace('"lora::down"', f'"lora::down_{name}"')
-    f = f"{OUT}/v_{name}_{os.getpid()}.py"; open(f, "w").write(src)
+    f = f"/tmp/v_{name}_{os.getpid()}.py"; open(f, "w").write(src)
     spec = importlib.util.spec_from_file_location(f"v_{name}", f); m = importlib.util.module_from_spec(spec); sys.modules[f"v_{name}"] = m; spec.loader.exec_module(m)
     os.remove(f)
     return m

@@ -63,9 +63,7 @@ def packed(N: int, K: int, nested: bool) -> Packed:
 
 
 def weight(p: Packed) -> Weight4:
-    return Weight4(
-        p.q.view(-1), p.scales, byte_table(p.code), permute_table(p.code), p.block, (p.shape[0], p.shape[1])
-    )
+    return Weight4(p.q.view(-1), p.scales, byte_table(p.code), permute_table(p.code), p.block, (p.shape[0], p.shape[1]))
 
 
 def measure(M, groups, W, dense, bnb, nbytes, ceiling, r):

@@ -281,8 +281,8 @@ def _gemv4_kernel(
             bias_and_b = bias_and_b + (added,)
             for i in tl.static_range(EACH - 1):
                 k = i * PARTS + part
-                b = tl.load(b_ptr + row.to(tl.int64) * R + k, mask=(row < n) & (k < R), other=0.0)
-                bias_and_b = bias_and_b + (b.to(tl.float32),)
+                factor = tl.load(b_ptr + row.to(tl.int64) * R + k, mask=(row < n) & (k < R), other=0.0)
+                bias_and_b = bias_and_b + (factor.to(tl.float32),)
         acc = (zero, zero, zero, zero) * (TILES * ROWS)
         for step in range(STEPS):
             unit = step * WARPS + warp
