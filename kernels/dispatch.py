@@ -7,6 +7,7 @@ LORA_KERNELS=triton  Triton or an error; with TRITON_INTERPRET=1 set before Pyth
 """
 
 import contextlib
+import functools
 import os
 from collections.abc import Iterator
 
@@ -66,3 +67,13 @@ def use_triton(*tensors: Tensor) -> bool:
             raise RuntimeError(f"LORA_KERNELS=triton, but the tensors are {dtypes}; kernels take 32 and 16 bits")
         return True
     return wish == "auto" and there and _triton.AVAILABLE and not wide
+
+
+@functools.cache
+def _overlaps(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def overlaps(x: Tensor) -> bool:
+    """Whether a launch on x's device may begin before the one before it ends (programmatic dependent launch)."""
+    return not INTERPRETED and _overlaps(x.device)
