@@ -1,4 +1,4 @@
-"""How many tokens a second does greedy decoding give on a GPU, beside transformers + peft + bitsandbytes?
+"""How many tokens a second does greedy decoding give on a GPU, beside transformers + peft + bitsandbytes and Unsloth?
 
 Llama-3.1-8B's shape with random weights, NF4 with double quantization, LoRA r=16 on all linears attached, bfloat16,
 a prompt of 32 tokens a row.  Every answer runs to the end.  Beside it: what recording cost the call before, a step
@@ -7,14 +7,18 @@ possible is the bytes that a token must read (codes, scales, head, factors) over
 measured in the same run.
 
 usage: python benchmarks/bench_decode.py [--layers 32] [--new 128] [--batches 1 8] [--contexts 8192] [--profile]
-       [--save]
+       [--peer hf unsloth] [--save]
 """
 
 import argparse
-import importlib.util
+import json
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -65,37 +69,6 @@ def bytes_a_token(model: Llama) -> int:
     tables = ("table", "permute", "nested_map")
     buffers = sum(t.numel() * t.element_size() for n, t in model.named_buffers() if n.rpartition(".")[2] not in tables)
     return buffers + sum(p.numel() * p.element_size() for n, p in model.named_parameters() if "embed_tokens" not in n)
-
-
-def peer(layers: int):
-    """transformers' model with bitsandbytes' layers and peft's adapter."""
-    import bitsandbytes as bnb
-    from peft import LoraConfig, get_peft_model
-    from transformers import LlamaConfig as Config
-    from transformers import LlamaForCausalLM
-
-    config = Config(
-        hidden_size=HIDDEN, intermediate_size=WIDE, num_hidden_layers=layers, num_attention_heads=HEADS,
-        num_key_value_heads=KV_HEADS, vocab_size=VOCAB, max_position_embeddings=8192, rms_norm_eps=1e-5,
-        tie_word_embeddings=False, dtype="bfloat16",
-    )  # fmt: skip
-    torch.set_default_dtype(torch.bfloat16)
-    with torch.device("cuda"):
-        model = LlamaForCausalLM(config)
-    torch.set_default_dtype(torch.float32)
-    for name, module in list(model.named_modules()):
-        if isinstance(module, nn.Linear) and name != "lm_head":
-            four = bnb.nn.Linear4bit(
-                module.in_features, module.out_features, bias=False, compute_dtype=torch.bfloat16,
-                compress_statistics=True, quant_type="nf4", device="meta",
-            )  # fmt: skip
-            w = bnb.nn.Params4bit(module.weight.data, requires_grad=False, compress_statistics=True, quant_type="nf4")
-            four.weight = w.cuda()
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, four)
-            del module.weight
-    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    return get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules=targets, task_type="CAUSAL_LM")).eval()
 
 
 CLASSES = {  # of kernels, by a part of the name
@@ -227,12 +200,42 @@ def long(model: Llama, batch: int, context: int) -> dict[str, Any]:
     return row
 
 
+def rivals(kinds: list[str], batches: list[int], layers: int) -> list[dict[str, Any]]:
+    """The peers' rows, each from a process of its own."""
+    rows: list[dict[str, Any]] = []
+    scripts = Path(__file__).parent
+    size = ["--layers", str(layers)]
+    with tempfile.TemporaryDirectory() as folder:
+        if "unsloth" in kinds:  # it loads a checkpoint only
+            subprocess.run([sys.executable, str(scripts / "peer_step.py"), "hf", folder, "--write", *size], check=True)
+        for kind in kinds:
+            words = [
+                kind,
+                folder,
+                "--batches",
+                *map(str, batches),
+                "--new",
+                "128" if kind == "unsloth" else "32",
+                *size,
+            ]
+            told = subprocess.run(
+                [sys.executable, str(scripts / "peer_decode.py"), *words], capture_output=True, text=True
+            )
+            found = [json.loads(x.removeprefix("PEER")) for x in told.stdout.splitlines() if x.startswith("PEER")]
+            if told.returncode:
+                found.append({"who": kind, "error": told.stderr.strip().splitlines()[-1][:300]})
+            rows += found
+            print(*found, sep="\n", flush=True)
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--new", type=int, default=128, help="tokens of each answer")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8], help="rows at once")
     parser.add_argument("--contexts", type=int, nargs="*", default=[8192], help="long caches, at the same batches")
+    parser.add_argument("--peer", nargs="+", choices=("hf", "unsloth"), default=[], help="rivals in the same run")
     parser.add_argument("--profile", action="store_true", help="print where a step's time goes")
     parser.add_argument("--save", action="store_true", help="write results/decode-gpu.json")
     args = parser.parse_args()
@@ -247,26 +250,10 @@ def main() -> None:
     rows += [ours_at(model, batch, args.new, args.profile) for batch in args.batches]
     rows += [long(model, batch, context) for context in args.contexts for batch in args.batches]
     rows.append(switching(model, args.new))
-    if importlib.util.find_spec("bitsandbytes") and importlib.util.find_spec("peft"):
+    if args.peer:
         del model
         torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-        model = peer(args.layers)
-        for batch in args.batches:
-            ids = torch.randint(0, VOCAB, (batch, 32), device="cuda")
-            for new in (4, 32):
-                torch.cuda.synchronize()
-                start = time.perf_counter()
-                with torch.inference_mode(), torch.autocast("cuda", dtype=torch.bfloat16):
-                    model.generate(
-                        input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, min_new_tokens=new,
-                        do_sample=False, pad_token_id=0,
-                    )  # fmt: skip
-                torch.cuda.synchronize()
-                seconds = time.perf_counter() - start
-            row = {"who": "transformers + peft + bitsandbytes", "batch": batch, "tok_s": batch * new / seconds}
-            rows.append(row)
-            show(row)
+        rows += rivals(args.peer, args.batches, args.layers)
     finish("decode", rows, args.save)
 
 
