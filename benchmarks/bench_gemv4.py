@@ -24,8 +24,11 @@ SHAPES: tuple[tuple[tuple[int, ...], int], ...] = (
     ((4096,), 4096), ((14336,), 4096), ((4096,), 14336), ((28672,), 8192), ((4096, 1024, 1024), 4096),
     ((14336, 14336), 4096),
 )  # fmt: skip
-# For --sweep: 16 rows of W a program, units ahead, warps
-PLANS = [(1, 1, 4), (1, 2, 4), (1, 3, 4), (1, 4, 4), (1, 1, 8), (1, 2, 8), (1, 1, 16), (2, 1, 4)]
+# For --sweep: see Plan
+PLANS = [
+    (1, 4, 1, 2), (1, 4, 1, 0), (1, 4, 1, 3), (1, 4, 2, 2), (1, 2, 1, 2), (1, 2, 2, 2), (1, 2, 2, 3), (2, 2, 1, 2),
+    (2, 2, 1, 0), (2, 1, 2, 2),
+]  # fmt: skip
 
 
 def main() -> None:
@@ -67,7 +70,7 @@ def weight(p: Packed) -> Weight4:
 
 
 def measure(M, groups, W, dense, bnb, nbytes, ceiling, r):
-    (N, K), sets = W.shape, len(groups)
+    K, sets = W.shape[1], len(groups)
     x = torch.randn(M, K, device="cuda", dtype=torch.bfloat16)
     sets_of = [[weight(p) for p in group] for group in groups]
     none = [None] * len(groups[0])
@@ -123,8 +126,8 @@ def sweep(call, sets: int, nbytes: int) -> None:
     kept = kernel.plan
     found = []
     for plan in PLANS:
-        kernel.plan = lambda *_, plan=plan: plan
-        what = "rows {} ahead {} warps {}".format(16 * plan[0], *plan[1:])
+        kernel.plan = lambda *_, plan=plan: kernel.Plan(*plan)
+        what = "rows {} unit {} ahead {} look {}".format(16 * plan[0], *plan[1:])
         try:
             found.append((nbytes / graph_ms(call, sets) / 1e6, what))
         except Exception as e:  # a plan that does not fit the card is a result, not an end

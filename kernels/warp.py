@@ -33,10 +33,9 @@ def permute_table(code: Tensor) -> Tensor:
 
 @triton.jit
 def load8(p, have):
-    """8 bytes of codes at address p as two words, anything where `have` is 0; read once, so left out of the first cache."""
+    """8 bytes of codes at address p as two words, anything where `have` is 0; read once, so left out of the L1."""
     return tl.inline_asm_elementwise(
-        "{ .reg .pred p; setp.ne.b32 p, $3, 0; "
-        "@p ld.global.nc.L1::no_allocate.L2::128B.v2.b32 {$0, $1}, [$2]; }",
+        "{ .reg .pred p; setp.ne.b32 p, $3, 0; @p ld.global.nc.L1::no_allocate.L2::128B.v2.b32 {$0, $1}, [$2]; }",
         "=r,=r,l,r",
         [p, have],
         dtype=(tl.int32, tl.int32),
@@ -193,9 +192,7 @@ def put4(at, a, b, c, d):
 @triton.jit
 def get(at):
     """A float32 from address `at` of shared memory."""
-    return tl.inline_asm_elementwise(
-        "ld.shared.f32 $0, [$1];", "=f,r", [at], dtype=tl.float32, is_pure=False, pack=1
-    )
+    return tl.inline_asm_elementwise("ld.shared.f32 $0, [$1];", "=f,r", [at], dtype=tl.float32, is_pure=False, pack=1)
 
 
 @triton.jit

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lora.kernels import gemv4 as kernel
+from lora.kernels import gemv4 as launch
+from lora.kernels import gemv4_kernel as kernel
 from lora.kernels._triton import tl, triton
 from lora.kernels.code4 import Weight4, byte_table
 from lora.kernels.dispatch import INTERPRETED
@@ -233,7 +234,7 @@ def test_gemv4_is_right_by_any_plan(
     x, bias = torch.randn(M, K, device=triton_device).half(), torch.randn(N, device=triton_device).half()
     a, b = torch.randn(3, K, device=triton_device), torch.randn(N, 3, device=triton_device)
     want = exact(x, p)[0] + bias.double() + (x.double() @ a.double().T) @ b.double().T
-    monkeypatch.setattr(kernel, "plan", lambda N, K, tiles: kernel.Plan(*plan))
+    monkeypatch.setattr(launch, "plan", lambda K, tiles: launch.Plan(*plan))
     got = call(x, p, bias, (a, b, 1.0)).double()
     assert float((got - want).norm() / want.norm()) < 1e-3
 
@@ -254,7 +255,7 @@ def test_gemv4_of_unit_vectors_reads_the_codes_out(triton_device: torch.device) 
     assert torch.equal(torch.cat([call(x[i : i + 16], p) for i in range(0, 64, 16)]).T, want)
 
 
-@pytest.mark.parametrize("r", [1, 6, 16])
+@pytest.mark.parametrize("r", [1, 6, 16, 40])
 def test_gemv4_adds_bias_and_low_rank_update(triton_device: torch.device, r: int) -> None:
     N, K, M = 23, 128, 5
     p = packed(N, K, True, triton_device)
@@ -308,7 +309,7 @@ def test_gemv4_takes_or_refuses_what_begins_anywhere(triton_device: torch.device
     assert torch.equal(call(x[1:].view(3, 64), p), call(whole, p))
     q = torch.cat((torch.zeros(1, dtype=torch.uint8, device=triton_device), p.q.view(-1)))[1:]
     assert not can_gemv4(whole, q, 64, 64)
-    with pytest.raises(ValueError, match="16 bytes"):
+    with pytest.raises(ValueError, match="8 bytes"):
         gemv4(whole, weight(p)._replace(q=q))
 
 
@@ -319,7 +320,7 @@ def test_gemv4_writes_its_own_rows_only(triton_device: torch.device) -> None:
     whole = torch.full((5, 21), 7.0, device=triton_device).half()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "empty", lambda *shape, **_: whole[1:4] if shape == (3, 21) else None)
-        kernel._gemv4._init_fn(
+        launch._gemv4._init_fn(
             x, [p.q.view(-1)], list(p.scales), [permute_table(p.code)], 64, [21], [None], None, [None], False
         )
     assert torch.equal(whole[1:4], want) and (whole[0] == 7).all() and (whole[4] == 7).all()
