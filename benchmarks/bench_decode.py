@@ -101,7 +101,7 @@ def profile_step(decoder: Decoder) -> dict[str, float]:
     decode.overlaps = lambda x: False  # type: ignore[assignment]
     decoder.now.steps.clear()
     decoder.step(greedy=True)
-    decoder.at.fill_(PROMPT + 64)
+    go_to(decoder, PROMPT + 64)
     shares = profile(lambda: decoder.step(greedy=True))
     decode.overlaps = overlaps
     decoder.now.steps.clear()
@@ -120,10 +120,16 @@ def seconds_of(call: Callable[[], object], repeats: int = 1) -> float:
     return statistics.median(times)
 
 
-def replay_ms(decoder: Decoder, at: int, steps: int = 64) -> float:
-    """Milliseconds of a recorded greedy step, over `steps` of them from slot `at` on."""
+def go_to(decoder: Decoder, at: int) -> None:
+    """Makes every row a row of at + 1 tokens."""
     decoder.at.fill_(at)
     decoder.start.zero_()
+    decoder.filled = at + 1
+
+
+def replay_ms(decoder: Decoder, at: int, steps: int = 64) -> float:
+    """Milliseconds of a recorded greedy step, over `steps` of them from slot `at` on."""
+    go_to(decoder, at)
     return seconds_of(lambda: [decoder.step(greedy=True) for _ in range(steps)]) / steps * 1e3
 
 

@@ -148,6 +148,18 @@ def test_layers_that_are_not_4_bit_or_dora_or_hooked_are_called(buffered: bool) 
     assert generate_ids(model, PROMPTS, 12) == want and len(seen) == 12
 
 
+def test_more_than_fits_is_refused() -> None:
+    decoder = Decoder(tiny(), 1, 6)
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with pytest.raises(ValueError, match="1 prompts of 4 tokens and 3 new ones do not fit"):
+        decoder.begin(ids, torch.ones_like(ids, dtype=torch.bool), new=3)
+    decoder.begin(ids, torch.ones_like(ids, dtype=torch.bool), new=2)
+    decoder.take()
+    decoder.step(greedy=True)
+    with pytest.raises(RuntimeError, match="a token more than the 6"):
+        decoder.take()
+
+
 def test_nan_in_the_logits_is_an_error_not_a_text() -> None:
     model = tiny()
     with torch.no_grad():
@@ -259,11 +271,19 @@ def test_draws_on_a_gpu_follow_their_seed_and_stop(gpu: torch.device) -> None:
 
 def test_a_decoder_is_kept_for_each_of_a_few_shapes(gpu: torch.device) -> None:
     model = tiny().to(gpu)
-    first = decoder_for(model, 1, 100)
-    assert decoder_for(model, 1, 128) is first and decoder_for(model, 3, 100) is not first
+    first = decoder_for(model, 1, 90)
+    assert decoder_for(model, 1, 97) is first and decoder_for(model, 3, 90) is not first
     assert decoder_for(model, 1, 20) is first and decoder_for(model, 1, 200) is not first
-    assert decoder_for(model, 20, 100).batch == 24  # the fourth shape: the oldest goes
-    assert decoder_for(model, 3, 100) is not None and len(model.__dict__["_decoders"]) == 3
+    assert decoder_for(model, 20, 90).batch == 24  # the fourth shape: the oldest goes
+    assert decoder_for(model, 3, 90) is not None and len(model.__dict__["_decoders"]) == 3
+
+
+def test_prompts_of_every_length_up_to_the_models_own(gpu: torch.device) -> None:
+    model = tiny()
+    for T, new in ((33, 95), (97, 31), (200, 56), (255, 1)):  # padded to 64 and 128; then no room for padding is left
+        prompt = [[i % 100 for i in range(T)]]
+        want = generate_ids(model.cpu(), prompt, new)
+        assert generate_ids(model.to(gpu), prompt, new) == want
 
 
 def test_bfloat16_on_a_gpu_follows_its_own_forward(gpu: torch.device) -> None:

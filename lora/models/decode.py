@@ -66,6 +66,7 @@ class Decoder:
         self.logits: Tensor = torch.empty(0)  # (B, V) of the token to come
         self.prompt: Tensor = torch.empty(0)
         self.plain = plain(model)
+        self.filled = 0  # slots of a row in use, by the host's count
         self.recordings: OrderedDict[Key, Recording] = OrderedDict()
         self.pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
         self.asked: tuple[torch.cuda.Event, Tensor] | None = None
@@ -76,24 +77,30 @@ class Decoder:
 
     # ---- what a caller does ----
     @torch.no_grad()
-    def begin(self, ids: Tensor, real: Tensor, ends: Sequence[int] = ()) -> Tensor:
+    def begin(self, ids: Tensor, real: Tensor, ends: Sequence[int] = (), new: int = 1) -> Tensor:
         """Reads prompts ids (B, T), padded on the left where `real` (B, T) is False; logits (B, V) of what follows.
 
-        `ends`: the tokens that end a row.  B may be smaller than the decoder's batch.
+        `ends`: the tokens that end a row; `new`: how many will be taken.  B may be smaller than the decoder's batch.
         """
         B, T = ids.shape
+        if T + new > self.length or self.batch < B:
+            raise ValueError(
+                f"{B} prompts of {T} tokens and {new} new ones do not fit a decoder for {self.batch} rows of "
+                f"{self.length} tokens"
+            )
         self.rows, self.asked = B, None
         if self.plain:
             self._find()
         self.cache.used = 0
         room = -T % PROMPT if self.device.type == "cuda" and self.plain else 0
-        if T + room >= self.length or self.batch * (T + room) > RECORDED:
+        if T + room + new > self.length or self.batch * (T + room) > RECORDED:
             room = 0
         ids = torch.nn.functional.pad(ids, (room, 0, 0, self.batch - B))
         real = torch.nn.functional.pad(real, (room, 0, 0, self.batch - B))
         ids[B:], real[B:] = ids[:1], real[:1]  # rows to spare are as the first
         padded = not bool(real.all())
         T += room
+        self.filled = T
         self.at.fill_(T - 1)
         self.start.copy_((~real).sum(dim=1))
         self.ends.zero_()
@@ -110,6 +117,10 @@ class Decoder:
     @torch.no_grad()
     def take(self, token: Tensor | None = None) -> None:
         """Appends a token (B,) to each row; None: the likeliest by the logits."""
+        self._grow()
+        self._take(token)
+
+    def _take(self, token: Tensor | None = None) -> None:
         state = (self.token, self.at, self.out, self.ends, self.stopped, self.bad)
         if token is None:
             choose(self.logits, *state)
@@ -124,13 +135,21 @@ class Decoder:
 
         `greedy` takes the likeliest in the same go.
         """
+        if greedy:
+            self._grow()
         if self.plain and self.device.type == "cuda":
             self.logits = self._replay(greedy)
         else:
             self.logits = self._step() if self.plain else self._slow_step()
             if greedy:
-                self.take()
+                self._take()
         return self.logits[: self.rows]
+
+    def _grow(self) -> None:
+        """Counts a token; beyond the cache a GPU would write to memory that is not its own."""
+        if self.filled >= self.length:
+            raise RuntimeError(f"a token more than the {self.length} that this decoder was made for")
+        self.filled += 1
 
     def ended(self, step: int) -> bool:
         """Whether all rows have ended, asked after each token `step`; of a GPU now and then, and answered later.
@@ -201,7 +220,7 @@ class Decoder:
         def run() -> Tensor:
             self.logits = self._step()
             if greedy:
-                self.take()
+                self._take()
             return self.logits
 
         if "step" not in now.seen:
@@ -317,7 +336,7 @@ def decoder_for(model: CausalLM, batch: int, length: int) -> Decoder:
     state = (device, dtype, plain(model))
     if state[2]:
         batch = next((n for n in (1, 2, 4) if batch <= n), -(-batch // 8) * 8)
-    length = min(-(-length // 128) * 128, model.config.max_length)
+    length = min(-(-(length + PROMPT - 1) // 128) * 128, model.config.max_length)  # with room for a prompt's padding
     kept: _Kept = model.__dict__.setdefault("_decoders", _Kept())
     kept[:] = [d for d in kept if (d.device, d.cache.kv.dtype, d.plain) == state]
     for i, decoder in enumerate(kept):

@@ -131,7 +131,7 @@ def _run(
         real[row, T - len(prompt) :] = True
     decoder = decoder_for(model, B, T + max_new_tokens)
     greedy = temperature == 0
-    logits = decoder.begin(ids, real, sorted(stop))
+    logits = decoder.begin(ids, real, sorted(stop), max_new_tokens)
     decoder.take(None if greedy else pick(logits, temperature, top_k, top_p, draw))
     made = 1
     while made < max_new_tokens and not decoder.ended(made):
