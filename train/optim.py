@@ -62,7 +62,9 @@ class AdamW:
         params = [p for group in members.values() for p in group]
         device = params[0].device
         if buffers and any(t.shape != (n,) or t.dtype != torch.float32 for t in buffers):
-            raise ValueError(f"buffers of {[tuple(t.shape) for t in buffers]}: these parameters need two of ({n},) float32")
+            raise ValueError(
+                f"buffers of {[tuple(t.shape) for t in buffers]}: these parameters need two of ({n},) float32"
+            )
         self.w, self.grad = buffers or (torch.zeros(n, dtype=torch.float32, device=device) for _ in range(2))
         self.m, self.v = (_moment(n, bits, signed, device) for signed in (True, False))
         self.shapes = [list(p.shape) for p in params]

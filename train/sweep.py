@@ -24,7 +24,7 @@ from lora.config import LoRAConfig
 from lora.eval.nll import row_nll
 from lora.files import refuse_filled, write_text
 from lora.kernels.scratch import keep_pages
-from lora.layer import ByRow, LoRALinear, adapted
+from lora.layer import LoRALinear, adapted
 from lora.models.base import refuse_encoder
 from lora.models.llama import FUSED
 from lora.models.tokenizer import Tokenizer
@@ -224,8 +224,6 @@ def _train(
                     _step(optimizers[k], results[k], watches[k], loss, norm, step, steps, config)
                 stack.grad.zero_()
     finally:
-        for layer in stack.layers:
-            layer.by_row = None
         stack.release()
     return results
 
@@ -242,10 +240,7 @@ def _batch(
     who = range(len(parts)) if alike and device.type in FUSED else live
     rows = [e for k in who for e in parts[k]]
     ends = list(itertools.accumulate(len(parts[k]) for k in who))
-    for layer, low in zip(stack.layers, stack.lows, strict=True):
-        adapters = [layer.adapters[stack.names[k]] for k in who]
-        together = low if len(who) == len(parts) and alike else None
-        layer.by_row = ByRow(list(zip(adapters, [0, *ends[:-1]], ends, strict=True)), together)
+    stack.place(who, ends, together=len(who) == len(parts) and alike)
     b = collate(rows)
     place = torch.bucketize(b.owner, torch.tensor(ends), right=True)
     member = torch.tensor(list(who))[place]  # (n,)
