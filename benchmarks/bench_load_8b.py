@@ -37,7 +37,7 @@ def write(folder: Path, layers: int, hidden: int, vocab: int) -> int:
     from tokenizers import Tokenizer, models
 
     wide, kv = hidden * 7 // 2, hidden // 4
-    shapes = {"model.embed_tokens.weight": (vocab, hidden)}
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocab, hidden)}
     for i in range(layers):
         at = f"model.layers.{i}."
         shapes |= {
@@ -58,7 +58,7 @@ def write(folder: Path, layers: int, hidden: int, vocab: int) -> int:
         shards[-1][name] = shape
         size, total = size + n, total + n
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for i, part in enumerate(shards, 1):
         file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
         tensors = {}

@@ -91,7 +91,8 @@ def one(
     quantize = "nf4" if case["method"] == "qlora" else None
     model, tokenizer = lora.load(base, quantize=quantize, dtype="bfloat16" if cuda else "float32")
     rate = 5e-5 * (2000 / model.config.hidden_size) ** 0.781  # of full fine-tuning: lora.train.advice
-    start, found = time.perf_counter(), {}
+    start = time.perf_counter()
+    found: dict[str, Any] = {}
     common: dict[str, Any] = {"batch": args.batch, "max_steps": args.steps, "progress": False}
     if case["method"] == "sweep":
         times = case.get("times", [1.0] * 3)

@@ -6,7 +6,7 @@ import torch
 import lora
 from lora.layer import ByRow, adapted
 from lora.models import fused, llama
-from lora.models.budget import Widths, fixed_bytes, keep_on_gpu, parse_bytes
+from lora.models.budget import parse_bytes
 from lora.models.llama import LlamaConfig
 from lora.train.stack import Stack
 
@@ -151,17 +151,6 @@ def test_on_a_gpu_it_is_as_good_as_the_plain_path(keep: str, monkeypatch: pytest
     assert error(h1, h64) <= 1.3 * error(h0, h64)
     for name in want:
         assert error(got[name], want[name]) <= 1.5 * error(plain[name], want[name]) + 1e-3, name
-
-
-def test_blocks_are_kept_whole_as_far_as_memory_goes() -> None:
-    widths = Widths(states=4096, qkv=6144, attended=4096, gate=14336, blocks=32)
-    tokens, itemsize = 8192, 2
-    least, block = fixed_bytes(widths, tokens, itemsize), tokens * itemsize * widths.kept()
-    assert keep_on_gpu(widths, tokens, itemsize, 0) == ["host"] * 32
-    assert keep_on_gpu(widths, tokens, itemsize, least + 3 * block) == ["host"] * 29 + ["all"] * 3
-    assert keep_on_gpu(widths, tokens, itemsize, least + 99 * block) == ["all"] * 32
-    # measured on an H100: 32 blocks kept whole take 24.3 GiB more than none
-    assert 32 * block / 2**30 == pytest.approx(23.0, abs=1.5)
 
 
 @pytest.mark.parametrize(("text", "want"), [("24GiB", 24 * 2**30), ("500MiB", 500 * 2**20), ("24GB", 24 * 10**9)])

@@ -19,6 +19,7 @@ from lora.render import Batch
 
 TOKENS = 8192  # of a batch, up to which launches matter: 2.7 % of a step at 8192 tokens of an 8B model
 RECORD = True  # False runs every batch kernel by kernel
+SPARE = 1.1  # a graph is recorded where so many times its memory is free
 SHAPES = 16  # graphs held at once: a kernel of one takes a few KB of the card
 
 
@@ -118,12 +119,15 @@ class Graphs:
         if len(self.graphs) == SHAPES:
             self.graphs.popitem(last=False)
         torch.cuda.empty_cache()  # a graph has memory of its own: what the step without it used is of no use to it
-        free, _ = torch.cuda.mem_get_info(batch.ids.device)
-        if free + self.held < 1.1 * self.model.keeping.needs(batch.ids.numel(), self.model.place()[1].itemsize):
+        driver, _ = torch.cuda.mem_get_info(batch.ids.device)
+        free, keeping = driver, self.model.keeping
+        if keeping.budget is not None:
+            free = min(free, keeping.budget - torch.cuda.memory_allocated(batch.ids.device))
+        if free + self.held < SPARE * keeping.needs(batch.ids.numel(), self.model.place()[1].itemsize):
             return None
         self.pool = self.pool or torch.cuda.graph_pool_handle()
         self.graphs[key] = _Recorded(self.model, batch, learned, key[-1], self.pool)
-        self.held += max(0, free - torch.cuda.mem_get_info(batch.ids.device)[0])
+        self.held += max(0, driver - torch.cuda.mem_get_info(batch.ids.device)[0])
         return self.graphs[key]
 
 

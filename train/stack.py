@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lora.adapter import Adapter, ByRow
 from lora.kernels.adamw import BLOCK8
-from lora.layer import Adapted, Adapter, ByRow
+from lora.layer import Adapted
 
 
 class Stack:

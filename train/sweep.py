@@ -30,7 +30,7 @@ from lora.models.llama import FUSED
 from lora.models.tokenizer import Tokenizer
 from lora.render import collate
 from lora.rows import Data
-from lora.store import save
+from lora.save import save
 from lora.train.batches import endless, steps_per_epoch
 from lora.train.config import TrainConfig
 from lora.train.data import prepare

@@ -62,7 +62,7 @@ def group_of(*layers: nn.Module) -> Group | None:
         low = None
         if wrapped:
             on = wrapped.on()
-            if len(on) > 1 or any(a.magnitude is not None or (wrapped.training and a.dropout) for a in on):
+            if len(on) > 1 or any(not a.is_plain() or (wrapped.training and a.dropout) for a in on):
                 return None
             low = on[0].low() if on else None
             if on and low is None:  # adapters side by side that are not in one stack
