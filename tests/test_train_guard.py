@@ -176,6 +176,33 @@ def test_a_disk_that_runs_full_is_said_and_what_was_saved_stays(small_disk: Path
     assert all(torch.equal(a, b) for a, b in zip(again.parameters(), whole.parameters(), strict=True))
 
 
+def test_a_disk_that_is_full_at_the_end_loses_nothing(small_disk: Path, stories: Path) -> None:
+    filler = small_disk / "filler"
+
+    def fill(entry: dict[str, Any]) -> None:
+        if "train_runtime" in entry and not filler.exists():
+            free = os.statvfs(small_disk)
+            filler.write_bytes(b"0" * (free.f_bavail * free.f_frsize))
+
+    for kind, save_every, left in (
+        ("lora", 3, "step-00000003 is whole: make room, then go on with --resume"),
+        ("lora", 0, "no checkpoint was kept"),
+    ):
+        out = small_disk / f"{kind}{save_every}"
+        model, tokenizer = fresh(stories)
+        with pytest.raises(
+            OSError, match=f"the run ended, and .* could not be written to the end: .*space.*; .*{left}"
+        ):
+            lora.fit(model, tokenizer, DATA, config=quiet(save_every=save_every, out=str(out)), sinks=[fill])
+        assert not (out / "adapter").exists() and not json.loads((out / "run.json").read_text())["finished"]
+        filler.unlink()
+        if save_every:
+            again, tokenizer = fresh(stories)
+            lora.fit(again, tokenizer, DATA, resume=out)
+            assert all(torch.equal(a, b) for a, b in zip(again.parameters(), model.parameters(), strict=True))
+            assert (out / "adapter" / "adapter_model.safetensors").is_file()
+
+
 def test_a_directory_that_cannot_be_written_is_refused_before_training(stories: Path, tmp_path: Path) -> None:
     model, tokenizer = fresh(stories)
     before = [p.clone() for p in model.parameters()]
