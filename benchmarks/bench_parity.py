@@ -72,7 +72,7 @@ def train(model: Llama, data: list[Batch], lr: float, fused: bool) -> list[float
     graph._recordable = recordable
     optimizer = AdamW([p for p in model.parameters() if p.requires_grad])
     graphs = Graphs(model)
-    losses: list[float] = []
+    losses: list[Tensor] = []
     for batch in data:
         with took(model, fused if len(losses) < 2 else None):  # later steps replay a graph of the second
             loss, _ = graphs.run(batch, batch.target.numel())
