@@ -19,7 +19,7 @@ from lora.kernels._triton import tl, triton
 from lora.kernels.code4 import NESTED, TINY
 from lora.kernels.dispatch import can_overlap, use_triton
 
-ROWS, WARPS = 8, 8  # blocks of 256 scales and warps of a program: 8 scales a thread
+ROWS, WARPS = 4, 8  # blocks of 256 scales and warps of a program: 4 scales a thread
 
 
 # ---- reference ----

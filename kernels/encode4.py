@@ -147,23 +147,27 @@ def _quantize_kernel(
 ):
     # Flat tiles: in two dimensions Triton lays a look-up out another way than the loads, and moves every value
     HALF: tl.constexpr = ROWS * BLOCK // 2
+    EACH: tl.constexpr = BLOCK // 2 if WORDS else BLOCK  # loads a block
     if EARLY:
         tl.extra.cuda.gdc_launch_dependents()
     table = 0
     if cells_ptr.dtype.element_ty == tl.int32:
         table = tl.load(cells_ptr + tl.arange(0, CELLS))
     sums = tl.zeros((ROWS,), tl.float64)
-    for step in range(steps):
-        row = (step * tl.num_programs(0) + tl.program_id(0)).to(tl.int64) * ROWS
-        p = row * (BLOCK // 2) + tl.arange(0, HALF)
+    row = tl.program_id(0).to(tl.int64) * ROWS
+    hop = tl.num_programs(0).to(tl.int64) * ROWS
+    limit = P if WORDS else n
+    lane = tl.arange(0, ROWS * EACH)
+    coming = tl.load(w_ptr + row * EACH + lane, mask=row * EACH + lane < limit, other=0)
+    for _ in range(steps):
+        x = coming
+        ahead = (row + hop) * EACH + lane  # on its way while x is at work
+        coming = tl.load(w_ptr + ahead, mask=ahead < limit, other=0)
         if WORDS:  # a pair of bfloat16 becomes float32 by a shift and a mask, and stays in its thread
-            word = tl.load(w_ptr + p, mask=p < P, other=0)
-            first = (word << 16).to(tl.float32, bitcast=True)
-            second = (word & -65536).to(tl.float32, bitcast=True)
+            first = (x << 16).to(tl.float32, bitcast=True)
+            second = (x & -65536).to(tl.float32, bitcast=True)
         else:
-            i = row * BLOCK + tl.arange(0, 2 * HALF)
-            x = tl.load(w_ptr + i, mask=i < n, other=0.0).to(tl.float32)
-            first, second = tl.split(tl.reshape(x, (HALF, 2)))
+            first, second = tl.split(tl.reshape(x.to(tl.float32), (HALF, 2)))
         # Magnitudes order as integers do, and there NaN stands above inf: a maximum of floats would drop it
         a, b = first.to(tl.int32, bitcast=True) & 0x7FFFFFFF, second.to(tl.int32, bitcast=True) & 0x7FFFFFFF
         bits = tl.max(tl.reshape(tl.maximum(a, b), (ROWS, BLOCK // 2)), axis=1)  # (ROWS,)
@@ -175,7 +179,9 @@ def _quantize_kernel(
         scale = tl.reshape(tl.broadcast_to(inverse[:, None], (ROWS, BLOCK // 2)), (HALF,))
         high = _code_of(first * scale, table, cells_ptr, CELLS, MAGIC, SCALE)
         low = _code_of(second * scale, table, cells_ptr, CELLS, MAGIC, SCALE)
+        p = row * (BLOCK // 2) + tl.arange(0, HALF)
         tl.store(q_ptr + p, ((high << 4) | (low & 15)).to(tl.uint8), mask=p < P)
+        row += hop
     tl.store(sums_ptr + tl.program_id(0), tl.sum(sums, axis=0))
 
 
