@@ -243,6 +243,8 @@ def quantize4(w: Tensor, code: Tensor, block: int, cells: Tensor | None = None) 
     `cells` is `decision_cells(code)`; making it anew waits for the GPU.
     """
     check_block4(block)
+    if not w.is_floating_point():
+        raise TypeError(f"a weight of {w.dtype} cannot be quantized; give float32, bfloat16 or float16")
     if not use_triton(w, code, *(() if cells is None else (cells,))):
         q, absmax = quantize4_ref(w, code, block)
         return q, absmax, absmax.sum(dtype=torch.float64)[None]

@@ -10,6 +10,8 @@ Bytes that must move, in tensors of M x d: forward 2, with a residual 4; backwar
 Source: arXiv:1910.07467, and transformers' LlamaRMSNorm, whose numbers it matches.
 """
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -171,12 +173,18 @@ def programs_of(blocks: int, want_dw: bool) -> int:
     return min(blocks, 132) if want_dw else blocks
 
 
+@functools.cache
+def _shared_memory(index: int) -> int:
+    """Bytes of shared memory that a program may take on GPU `index`, as Triton counts them."""
+    return triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"]
+
+
 def _stages(nbytes: int, device: torch.device) -> int:
     """Steps of `nbytes` at once: three where shared memory has room for them and for what a reduction needs."""
     if device.type != "cuda":
         return 1
-    room = torch.cuda.get_device_properties(device).shared_memory_per_block_optin - 2**14
-    return 3 if 3 * nbytes <= room else 1
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return 3 if 3 * nbytes <= _shared_memory(index) - 2**14 else 1
 
 
 def _rows(x: Tensor) -> Tensor:

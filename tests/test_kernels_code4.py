@@ -270,6 +270,8 @@ def test_what_does_not_fit_is_refused(device: torch.device) -> None:
     refuses("tensors on .*meta", scales=(plain[0].to("meta"),))
     with pytest.raises(ValueError, match="block=100"):
         quantize4(torch.randn(100, device=device), code, 100)
+    with pytest.raises(TypeError, match=r"torch\.int32 cannot be quantized"):
+        quantize4(torch.zeros(128, dtype=torch.int32, device=device), code, 64)
     sums, levels = plain[0].double(), torch.linspace(-1, 1, 255, device=device)
     with pytest.raises(ValueError, match="255 thresholds"):
         quantize8(plain[0].half(), sums, levels)
