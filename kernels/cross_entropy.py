@@ -83,9 +83,11 @@ def _row_statistics(
     top = tl.full((LANES,), -3.0e38, dtype=tl.float32)  # finite: -inf - -inf is NaN
     total = tl.zeros((LANES,), dtype=tl.float32)
     for start in range(0, V, BLOCK):
-        mask, policy = start + col < V, "evict_last" if KEEP else ""
-        z = tl.load(row_ptr + start + col, mask=mask, other=-float("inf"), eviction_policy=policy).to(tl.float32)
-        z = tl.reshape(z, (LANES, 8))
+        if KEEP:
+            z = tl.load(row_ptr + start + col, mask=start + col < V, other=-float("inf"), eviction_policy="evict_last")
+        else:
+            z = tl.load(row_ptr + start + col, mask=start + col < V, other=-float("inf"))
+        z = tl.reshape(z.to(tl.float32), (LANES, 8))
         higher = tl.maximum(top, tl.max(z, axis=1))
         total = total * tl.exp(top - higher) + tl.sum(tl.exp(z - higher[:, None]), axis=1)
         top = higher

@@ -6,10 +6,12 @@ checker, which needs few cases: a new kernel adds one here (the last test counts
 """
 
 import importlib
+import os
 import pkgutil
 from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -19,7 +21,7 @@ import lora.kernels
 from lora.kernels import adamw, attend, code4, code8, cross_entropy, dispatch, encode4, fold, gemv4, norm, rope, swiglu
 from lora.kernels.linear4 import Weight4, linears4
 from lora.quant.codebook import codebook, dynamic_map
-from lora.quant.weight import quantize_tensor
+from lora.quant.weight import Packed, quantize_tensor
 
 PAD = 512  # bytes before and behind a buffer: more than the widest access of a thread, and a multiple of all of them
 Put = Callable[[Tensor], Tensor]  # where the inputs of a case go: the device under test, or a second one
@@ -34,6 +36,12 @@ def case(make: Callable[[Put], Call]) -> Callable[[Put], Call]:
 
 def half(*shape: int) -> Tensor:
     return torch.randn(*shape).half()
+
+
+def by_the_twin(w: Tensor, double: bool) -> Packed:
+    """`w` in 4 bits, whatever the test asks of the kernels."""
+    with patch.dict(os.environ, LORA_KERNELS="torch"):
+        return quantize_tensor(w, block=64, double=double)
 
 
 # ---- one call of each kernel, in odd shapes ----
@@ -68,7 +76,7 @@ def quantize_nested(put: Put) -> Call:
 
 def decoded(put: Put, double: bool, start: int, width: int) -> Call:
     n = 7 * 143 + 1
-    packed = quantize_tensor(torch.randn(n), block=64, double=double)
+    packed = by_the_twin(torch.randn(n), double)
     q, scales = put(packed.q.view(-1)), tuple(put(t) for t in packed.scales)
     table = put(code4.byte_table(packed.code))
     if not width:
@@ -210,7 +218,7 @@ def fringe(put: Put) -> Call:
 
 @case
 def few_rows(put: Put) -> Call:
-    packed = quantize_tensor(torch.randn(40, 192), block=64, double=True)
+    packed = by_the_twin(torch.randn(40, 192), True)
     x, q, scales = put(half(3, 192)), put(packed.q.view(-1)), tuple(put(t) for t in packed.scales)
     table, permute = put(code4.byte_table(packed.code)), put(gemv4.permute_table(packed.code))
     bias, a, b = put(half(40)), put(torch.randn(5, 192)), put(half(40, 5))
@@ -261,8 +269,8 @@ def test_outputs_are_written_whole_and_nothing_beside_them_and_twice_alike(
         torch.manual_seed(0)
         room = Room(byte, triton_device)
         call = make(room.put)
-        with monkeypatch.context() as patch:
-            patch.setattr(torch, "empty", room.empty)
+        with monkeypatch.context() as patched:
+            patched.setattr(torch, "empty", room.empty)
             got = call()
         assert room.untouched
         runs.append([t.contiguous().view(-1).view(torch.uint8).cpu() for t in got])
