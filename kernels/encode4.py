@@ -6,7 +6,7 @@ whose absmax is 0 (or subnormal) stores absmax 0 and the code of 0.0.
 
 The kernel is as fast as its look-up: 16 steps of comparison would be too many instructions, so [-1, 1] is cut into
 cells of which none holds two thresholds, and a value costs one look-up of its cell and one comparison.  A cell of 32
-bits, in shared memory, encodes 1.5e12 values a second; one of 64 bits 1.2e12 (LOG.md, 2026-11-27).
+bits, in shared memory, encodes 1.4e12 values a second on an H200; one of 64 bits 1.2e12 (LOG.md, 2026-11-27).
 
 Bytes that must move a value, block 64, bfloat16: 2 read, 0.5 + 1/16 written.  4096 x 4096 is 43 MB: 14 us at 3.0 TB/s.
 Source: QLoRA, arXiv:2305.14314, section 3; numbers equal bitsandbytes' bit for bit where its backends agree.
