@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lora.kernels import encode4
+from lora.kernels import code8, encode4
 from lora.kernels.code4 import byte_table, dequantize4
 from lora.kernels.code8 import quantize8
 from lora.kernels.dispatch import INTERPRETED
@@ -213,6 +213,30 @@ def test_the_sums_of_several_tiles_a_program_are_those_of_the_scales(
     assert quantize8(absmax, again[2], torch.linspace(-1, 1, 255, device=triton_device))[2].item() == np.float32(
         math.fsum(absmax.tolist()) / absmax.numel()
     )
+
+
+def test_recorded_launches_that_overlap_make_the_same_bytes(gpu: torch.device) -> None:
+    # the scales' launch begins while the codes' one runs: what it read too early would be an earlier weight's
+    code, w = codebook("nf4").to(gpu), torch.empty(4096, 4096, dtype=torch.bfloat16, device=gpu)
+    cells, levels = encode4.decision_cells(code), dynamic_map().to(gpu)
+    thresholds = (levels[:-1] + levels[1:]) / 2
+
+    def encode() -> list[Tensor]:
+        q, absmax, sums = quantize4(w, code, 64, cells)
+        return [q, absmax, *quantize_scales(absmax, sums)]
+
+    w.normal_()
+    encode()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = encode()
+    for i in range(20):
+        w.normal_().mul_(10.0 ** (i % 7 - 3))
+        graph.replay()
+        once = [t.clone() for t in got]
+        q, absmax = encode4.quantize4_ref(w, code, 64)
+        want = [q, absmax, *code8.quantize8_ref(absmax, absmax.sum(dtype=torch.float64)[None], thresholds)]
+        assert all(torch.equal(a, b) for a, b in zip(once, want, strict=True))
 
 
 def test_a_gpu_makes_the_bytes_of_a_cpu(gpu: torch.device) -> None:
