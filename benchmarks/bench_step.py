@@ -1,32 +1,55 @@
-"""How fast is one QLoRA training step on a GPU, and in how much memory?
+"""How fast is one QLoRA training step on a GPU, and in how much memory, beside its rivals in the same run?
 
-Llama-3.1-8B's shape with random weights, NF4 with double quantization, LoRA r=16 on all linears, bfloat16, every token
-learned, AdamW with 32-bit states.  Forward, backward, clipping and the optimizer's step are timed; median of the
-steps after a warm-up; peak of torch.cuda.max_memory_allocated.
+Llama's shapes with random weights, NF4 with double quantization, LoRA on all linears, bfloat16, every token learned,
+AdamW with 32-bit states.  Forward, backward, clipping and the optimizer's step are timed; median of the steps after a
+warm-up; peak of torch.cuda.max_memory_allocated.  Each case runs in a process of its own.
 
 usage: python benchmarks/bench_step.py [--case BATCHxLENGTH:KEEP ...]  KEEP: of fused.KEEPS, or a budget such as 36GiB
-       [--layers 32] [--shape 8b|70b] [--profile] [--save]
+       [--shape 8b|70b|1b|3b] [--layers N] [--r 16] [--compute bf16|fp8] [--eager] [--profile] [--save]
+       [--peer hf unsloth]     the same sizes by rivals (8b only), the fastest of their settings within the budget
+       [--through fit]         by lora.fit on packed rows instead, and what that keeps of the bare step's tokens/s
+       [--longest [TOKENS]]    the longest row of batch 1 that trains, by bisection, or whether this one does; --layers
+                               with --ballast leaves blocks out of the time and their bytes in memory
 """
 
 import argparse
+import dataclasses
 import json
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
-from bench_decode import VOCAB, ours
+from models import SHAPES, at_random
 from result import finish
 from timing import copy_gb_s, matmul_tflop_s
 
+import lora
+from lora.kernels.scratch import mine
 from lora.models.budget import parse_bytes
+from lora.models.host import Host
 from lora.models.llama import Llama
-from lora.render import Batch, Example, collate
+from lora.render import Batch
 from lora.train import graph
+from lora.train.dryrun import even_batch
 from lora.train.graph import Graphs
 from lora.train.optim import AdamW
+
+CASES = ["4x2048:36GiB", "4x2048:8.2GiB", "1x8192:8.2GiB", "1x512:36GiB"]
+NONE_FROM = 16 * 2**30  # of a budget, from which on rivals are tried without checkpointing too
+SLACK = 1.02  # of a budget that a rival may take: Unsloth's own figure for 36 GiB is 36.3
+
+
+def model_of(args: argparse.Namespace) -> tuple[Llama, AdamW]:
+    """The model and its optimizer on the GPU."""
+    config = SHAPES[args.shape]
+    model = at_random(dataclasses.replace(config, num_layers=args.layers or config.num_layers), r=args.r)
+    model.keeping.compute = args.compute
+    return model, AdamW([p for p in model.parameters() if p.requires_grad])
 
 
 def measure(model: Llama, optimizer: AdamW, batch: int, length: int, keep: str, steps: int, profile: bool) -> dict:
@@ -41,11 +64,8 @@ def measure(model: Llama, optimizer: AdamW, batch: int, length: int, keep: str, 
     torch.cuda.reset_peak_memory_stats()
     seconds = []
     graphs = Graphs(model)
-    generator = torch.Generator().manual_seed(1)
     for _ in range(steps + 3):
-        rows = torch.randint(0, VOCAB - 256, (batch, length), generator=generator).tolist()
-        learned = (False,) + (True,) * (length - 1)
-        data = collate([Example(tuple(row), learned, i) for i, row in enumerate(rows)]).to(torch.device("cuda"))
+        data = batch_of(model, batch, length)
         torch.cuda.synchronize()
         start = time.perf_counter()
         loss = one(graphs, optimizer, data)
@@ -61,11 +81,19 @@ def measure(model: Llama, optimizer: AdamW, batch: int, length: int, keep: str, 
         print(p.key_averages().table(sort_by="cuda_time_total", row_limit=40, max_name_column_width=70))
     took = statistics.median(seconds[3:])
     return {
-        "batch": batch, "length": length, "keep": keep, "ms": round(1e3 * took, 1),
-        "tok_s": round(batch * length / took), "peak_GiB": round(torch.cuda.max_memory_allocated() / 2**30, 2),
-        "base_GiB": round(base / 2**30, 2), "blocks_whole": keeping.chosen[1].count("all"),
-        "loss": round(loss.item(), 3),
+        "who": "ours", "batch": batch, "length": length, "keep": keep, "compute": keeping.compute,
+        "ms": round(1e3 * took, 1), "tok_s": round(batch * length / took),
+        "peak_GiB": round(torch.cuda.max_memory_allocated() / 2**30, 2), "base_GiB": round(base / 2**30, 2),
+        "blocks_whole": keeping.chosen[1].count("all"), "graph": bool(graphs.graphs), "loss": round(loss.item(), 3),
     }  # fmt: skip
+
+
+def batch_of(model: Llama, batch: int, length: int) -> Batch:
+    """Rows of random tokens, all learned."""
+    data = even_batch(batch, length).to(torch.device("cuda"))
+    data.ids.random_(0, model.config.vocab_size - 256)
+    data.target.copy_(data.ids.view(-1)[data.at + 1])
+    return data
 
 
 def one(graphs: Graphs, optimizer: AdamW, data: Batch) -> torch.Tensor:
@@ -76,48 +104,210 @@ def one(graphs: Graphs, optimizer: AdamW, data: Batch) -> torch.Tensor:
     return loss
 
 
-def alone(case: str, words: list[str]) -> list[str]:
-    """The rows that this script prints for one case."""
-    rest = [w for w in words if ":" not in w and w not in ("--case", "--save")]
-    printed = subprocess.run([sys.executable, __file__, *rest, "--case", case], stdout=subprocess.PIPE, text=True)
-    last = json.loads(printed.stdout.strip().splitlines()[-1])
-    print(*last["rows"], sep="\n", flush=True)
-    return [json.dumps(row) for row in last["rows"]]
+# ---- through lora.fit ----
+def through_fit(model: Llama, batch: int, length: int, keep: str, steps: int, folder: Path) -> dict:
+    """lora.fit on texts of 100 to 1,000 tokens packed into rows of `length`; its own tokens/s, median of the steps."""
+    from tokenizers import Tokenizer as Words
+    from tokenizers import models, pre_tokenizers
+
+    from lora.models.tokenizer import Tokenizer
+
+    vocab = {"</s>": 0} | {f"w{i}": i for i in range(1, 2000)}
+    words = Words(models.WordLevel(vocab, unk_token="w1"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    words.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
+    generator = torch.Generator().manual_seed(0)
+    rows: list[dict[str, Any]] = []
+    while sum(row["n"] for row in rows) < 1.02 * (steps + 5) * batch * length:
+        n = int(torch.randint(100, 1000, (), generator=generator))
+        text = " ".join(f"w{i}" for i in torch.randint(1, 2000, (n,), generator=generator).tolist())
+        rows.append({"prompt": "", "completion": text, "n": n})
+    texts = [{"prompt": row["prompt"], "completion": row["completion"]} for row in rows]
+    config = lora.TrainConfig(
+        batch=batch, pack=True, max_length=length, max_steps=steps + 4, learn="all", probe=False, progress=False,
+        budget=keep if keep.endswith("GiB") else None, lr=1e-4,
+    )  # fmt: skip
+    torch.cuda.reset_peak_memory_stats()
+    run = lora.fit(model, Tokenizer.from_directory(folder), texts, config=config)
+    wall = [h["tokens_per_second"] for h in run.history if "tokens_per_second" in h][4:]
+    return {
+        "who": "lora.fit", "batch": batch, "length": length, "keep": keep, "tok_s": round(statistics.median(wall)),
+        "of_wall_tok_s": round(run.tokens / run.history[-1]["train_runtime"]),
+        "peak_GiB": round(torch.cuda.max_memory_allocated() / 2**30, 2),
+    }  # fmt: skip
+
+
+# ---- the longest row ----
+def longest(args: argparse.Namespace) -> list[dict]:
+    """Rows for each length tried, the last the longest that trained."""
+    model, optimizer = model_of(args)
+    missing = SHAPES[args.shape].num_layers - model.config.num_layers
+    kept = []
+    if args.ballast and missing:  # the bytes of the blocks that are left out: weights, factors and their states
+        one_block = sum(t.numel() * t.element_size() for t in model.model.layers[0].buffers())
+        trained = optimizer.w.numel() // model.config.num_layers
+        kept = [torch.empty(missing * (one_block + 16 * trained), dtype=torch.uint8, device="cuda")]
+    rows: list[dict] = []
+
+    def trains(tokens: int) -> bool:
+        model.keeping.keep, model.keeping.chosen, model.keeping.host = None, (0, []), Host()
+        mine().clear()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        start = time.perf_counter()
+        try:
+            loss = one(Graphs(model), optimizer, batch_of(model, 1, tokens))
+            torch.cuda.synchronize()
+            found: dict[str, Any] = {"loss": round(loss.item(), 3), "s": round(time.perf_counter() - start, 1)}
+        except (torch.OutOfMemoryError, RuntimeError) as e:
+            found = {"error": f"{type(e).__name__}: {str(e).splitlines()[0][:160]}"}
+            optimizer.zero_grad()
+        row = {
+            "who": "ours", "longest": tokens, "r": args.r, "layers": model.config.num_layers, "ballast": bool(kept),
+            "keep": sorted(set(model.keeping.chosen[1])), **found,
+            "peak_GiB": round(torch.cuda.max_memory_allocated() / 2**30, 2),
+            "reserved_GiB": round(torch.cuda.max_memory_reserved() / 2**30, 2),
+            "host_GiB": round(model.keeping.host.nbytes() / 2**30, 2),
+        }  # fmt: skip
+        rows.append(row)
+        print(row, flush=True)
+        return "error" not in row
+
+    if args.longest > 1:
+        trains(args.longest)
+        return rows
+    low, high = 2**14, None
+    while high is None or high - low > 4096:
+        tokens = 2 * low if high is None else (low + high) // 2
+        if trains(tokens):
+            low = tokens
+        else:
+            high = tokens
+    return rows
+
+
+# ---- rivals ----
+def rivals(kinds: list[str], cases: list[str], r: int, layers: int) -> list[dict]:
+    """Their rows, and for each case the fastest of a rival's settings within its budget, as `best`."""
+    rows: list[dict] = []
+    with tempfile.TemporaryDirectory() as folder:
+        for kind in ("hf", "unsloth"):  # hf writes what unsloth loads
+            if kind not in kinds and "unsloth" not in kinds:
+                continue
+            sizes = dict.fromkeys(f"{case.partition(':')[0]}:offload" for case in cases)
+            if kind == "unsloth":
+                roomy = [c for c in cases if c.endswith("GiB") and parse_bytes(c.partition(":")[2]) >= NONE_FROM]
+                sizes |= dict.fromkeys(f"{case.partition(':')[0]}:none" for case in roomy)
+            asked = list(sizes) if kind in kinds else []
+            words = [kind, folder, *asked, "--r", str(r), "--layers", str(layers)]
+            script = Path(__file__).with_name("peer_step.py")
+            told = subprocess.run(
+                [sys.executable, str(script), *words, *(["--write"] if kind == "hf" and "unsloth" in kinds else [])],
+                capture_output=True, text=True,
+            )  # fmt: skip
+            found = [json.loads(x.removeprefix("PEER")) for x in told.stdout.splitlines() if x.startswith("PEER")]
+            if told.returncode:
+                found.append({"who": kind, "error": told.stderr.strip().splitlines()[-1][:300]})
+            rows += found
+            print(*found, sep="\n", flush=True)
+    return rows
+
+
+def beside(ours: list[dict], theirs: list[dict]) -> list[dict]:
+    """For each case of ours and each rival: tokens/s over the rival's fastest setting within the budget."""
+    table = []
+    for row in ours:
+        if "tok_s" not in row or row["who"] != "ours":
+            continue
+        limit = SLACK * parse_bytes(row["keep"]) / 2**30 if row["keep"].endswith("GiB") else float("inf")
+        for who in dict.fromkeys(r["who"] for r in theirs):
+            same = [
+                r
+                for r in theirs
+                if r["who"] == who and (r.get("batch"), r.get("length")) == (row["batch"], row["length"])
+            ]
+            # transformers never fits a small budget: it is compared as it is
+            fit = [r for r in same if "tok_s" in r and (who == "hf" or r["peak_GiB"] <= limit)]
+            if fit:
+                best = max(fit, key=lambda r: r["tok_s"])
+                table.append(
+                    {
+                        "case": f"{row['batch']}x{row['length']}:{row['keep']}",
+                        "rival": who,
+                        "speed": round(row["tok_s"] / best["tok_s"], 2),
+                        "memory": round(row["peak_GiB"] / best["peak_GiB"], 2),
+                        "ours": [row["tok_s"], row["peak_GiB"]],
+                        "theirs": [best["tok_s"], best["peak_GiB"]],
+                    }
+                )
+    return table
+
+
+def alone(case: str, words: list[str]) -> list[dict]:
+    """The rows that this script prints for one case, run in a process of its own."""
+    printed = subprocess.run([sys.executable, __file__, *words, "--case", case], capture_output=True, text=True)
+    if printed.returncode:
+        rows = [{"case": case, "error": printed.stderr.strip().splitlines()[-1][:300]}]
+    else:
+        rows = json.loads(printed.stdout.strip().splitlines()[-1])["rows"]
+    print(*rows, sep="\n", flush=True)
+    return rows
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--case", nargs="+", default=["4x2048:36GiB", "4x2048:8.2GiB", "1x8192:8.2GiB", "1x512:36GiB"])
-    parser.add_argument("--layers", type=int, default=32)
-    parser.add_argument("--shape", choices=("8b", "70b"), default="8b")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--case", nargs="+", default=CASES)
+    parser.add_argument("--shape", choices=tuple(SHAPES), default="8b")
+    parser.add_argument("--layers", type=int, default=0, help="0: the shape's own")
+    parser.add_argument("--r", type=int, default=16)
     parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--compute", choices=("bf16", "fp8"), default="bf16", help="of the frozen base's products")
     parser.add_argument("--eager", action="store_true", help="without CUDA graphs")
     parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--peer", nargs="+", choices=("hf", "unsloth"), default=[])
+    parser.add_argument("--through", choices=("step", "fit"), default="step")
+    parser.add_argument("--longest", type=int, nargs="?", const=1, default=0)
+    parser.add_argument("--ballast", action="store_true", help="with --layers: memory of the blocks left out")
     parser.add_argument("--save", action="store_true")
     args = parser.parse_args()
-    if len(args.case) > 1:  # each in a process of its own: buffers that one leaves behind are not another's memory
-        rows = [json.loads(line) for case in args.case for line in alone(case, sys.argv[1:])]
-        finish(Path(__file__).stem.removeprefix("bench_"), rows, args.save)
+    name = Path(__file__).stem.removeprefix("bench_")
+    if (len(args.case) > 1 or args.peer) and not args.longest:
+        words, skip = [], False
+        for word in sys.argv[1:]:  # all but what is about cases and rivals
+            skip = word in ("--case", "--peer") or (skip and not word.startswith("--"))
+            if not skip and word != "--save":
+                words.append(word)
+        rows = [row for case in args.case for row in alone(case, words)]
+        theirs = rivals(args.peer, args.case, args.r, args.layers or 32) if args.peer else []
+        table = beside(rows, theirs)
+        print(*table, sep="\n")
+        finish(name, rows + theirs + table, args.save)
         return
     rows = [{"copy_GB_s": round(copy_gb_s()), "matmul_TFLOP_s": round(matmul_tflop_s())}]
     print(rows[0], flush=True)
     torch.cuda.empty_cache()
     graph.RECORD = not args.eager
-    model = (ours(80, 8192, 28672, 64) if args.shape == "70b" else ours(args.layers)).requires_grad_(False).train()
-    for name, p in model.named_parameters():
-        p.requires_grad_(name.endswith((".a", ".b")))
-    optimizer = AdamW([p for p in model.parameters() if p.requires_grad])
-    for case in args.case:
-        size, _, keep = case.partition(":")
-        batch, length = (int(n) for n in size.split("x"))
-        try:
-            row = measure(model, optimizer, batch, length, keep or "all", args.steps, args.profile)
-        except torch.OutOfMemoryError as e:
-            row = {"case": case, "error": str(e).split(".")[0]}
-            optimizer.zero_grad()
+    if args.longest:
+        finish(name, rows + longest(args), args.save)
+        return
+    size, _, keep = args.case[0].partition(":")
+    batch, length = (int(n) for n in size.split("x"))
+    model, optimizer = model_of(args)
+    try:
+        row = measure(model, optimizer, batch, length, keep or "all", args.steps, args.profile)
         rows.append(row)
         print(row, flush=True)
-    finish(Path(__file__).stem.removeprefix("bench_"), rows, args.save)
+        if args.through == "fit":
+            del optimizer
+            with tempfile.TemporaryDirectory() as folder:
+                again = through_fit(model, batch, length, keep or "all", max(12, args.steps), Path(folder))
+            again["of_the_step"] = round(again["tok_s"] / row["tok_s"], 3)
+            rows.append(again)
+            print(again, flush=True)
+    except torch.OutOfMemoryError as e:
+        rows.append({"case": args.case[0], "error": str(e).split(".")[0]})
+    finish(name, rows, args.save)
 
 
 if __name__ == "__main__":

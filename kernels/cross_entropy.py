@@ -21,13 +21,19 @@ from torch import Tensor
 
 from lora.kernels import gemm
 from lora.kernels._triton import tl, triton
-from lora.kernels.dispatch import use_triton
+from lora.kernels.dispatch import on_gpu, use_triton
 
 # Bytes of logits alive at once, float32 on a CPU, those of h on a GPU.  On a CPU 128 rows of a 49 152-word
 # vocabulary: the C library gives larger blocks back to the system at every free, and a softmax into fresh pages
 # takes three times as long.
 BUDGET = {"cpu": 24 * 2**20}
 BUDGET_GPU = 2**28
+
+
+def chunk_rows(V: int, itemsize: int, budget: int = BUDGET_GPU) -> int:
+    """Rows of V logits that are alive at once on a GPU."""
+    rows = max(1, budget // (itemsize * V))
+    return rows if rows <= 128 else rows - rows % 128  # whole tiles of the matrix product
 
 
 # ---- reference ----
@@ -251,9 +257,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx, h, weight, target):
         n, V = h.shape[0], weight.shape[0]
         in_triton = use_triton(h, weight, target)
-        rows = max(1, BUDGET.get(h.device.type, BUDGET_GPU) // ((h.element_size() if in_triton else 4) * V))
-        if rows > 128:
-            rows -= rows % 128 if in_triton else 0  # whole tiles of the GPU's matrix product
+        budget = BUDGET_GPU if on_gpu(h) else BUDGET.get(h.device.type, BUDGET_GPU)
+        rows = chunk_rows(V, h.element_size(), budget) if in_triton else max(1, budget // (4 * V))
         target = target.contiguous()
         nll = torch.empty(n, dtype=torch.float32, device=h.device)
         hit = torch.empty(n, dtype=torch.bool, device=h.device)

@@ -6,7 +6,9 @@ LORA_KERNELS=triton  Triton or an error; with TRITON_INTERPRET=1 set before Pyth
                      runs the kernels on CPU tensors: slow, exact, for tests without a GPU
 """
 
+import contextlib
 import os
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -15,6 +17,24 @@ from lora.kernels import _triton
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton reads it when a kernel is defined, so it is fixed now
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+_dry = False  # inside `as_on_gpu`
+
+
+@contextlib.contextmanager
+def as_on_gpu() -> Iterator[None]:
+    """Inside, tensors take the way that a GPU's would: for fake ones, whose kernels never run (a dry run)."""
+    global _dry
+    before, _dry = _dry, True
+    try:
+        yield
+    finally:
+        _dry = before
+
+
+def on_gpu(t: Tensor) -> bool:
+    """Whether a tensor lies on a GPU, or is to be taken for one that does."""
+    return t.is_cuda or _dry
 
 
 def use_triton(*tensors: Tensor) -> bool:
@@ -30,11 +50,13 @@ def use_triton(*tensors: Tensor) -> bool:
         devices = ", ".join(sorted({str(t.device) for t in tensors}))
         raise ValueError(f"one operation got tensors on {devices}; move them to one device")
     wide = any(t.is_floating_point() and t.dtype not in _DTYPES for t in tensors)
-    on_gpu = first.type == "cuda"
+    if _dry:
+        return not wide
+    there = first.type == "cuda"
     if wish == "triton":
         if not _triton.AVAILABLE:
             raise RuntimeError("LORA_KERNELS=triton, but Triton is not installed: pip install triton")
-        if not (on_gpu or INTERPRETED):
+        if not (there or INTERPRETED):
             raise RuntimeError(
                 f"LORA_KERNELS=triton, but the tensors are on {first}; "
                 "move them to a GPU, or set TRITON_INTERPRET=1 before Python starts"
@@ -43,4 +65,4 @@ def use_triton(*tensors: Tensor) -> bool:
             dtypes = ", ".join(sorted({str(t.dtype) for t in tensors if t.is_floating_point()}))
             raise RuntimeError(f"LORA_KERNELS=triton, but the tensors are {dtypes}; kernels take 32 and 16 bits")
         return True
-    return wish == "auto" and on_gpu and _triton.AVAILABLE and not wide
+    return wish == "auto" and there and _triton.AVAILABLE and not wide

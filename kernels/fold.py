@@ -4,6 +4,10 @@
     backward    dX = [dY | U] [W ; A]                               U_i = dY_i (s_i b_i), A the a_i one under the other
                 da_i = U_iᵀ X           db_i = dY_iᵀ T_i
 
+Adapters side by side (`parts` k > 1): each of k equal runs of rows has factors of its own, a_i (k, r, K) and b_i
+(k, N, r).  The products with the factors are then batched, k at a time, and T and U stand block-diagonal in the added
+columns, zero where a column is another adapter's: the base's product stays one.
+
 W (N, K) is decoded (or copied) into a reused buffer whose rows have room for B, or whose end has room for A, so the
 update costs R more columns of one product and not two products of its own with Y read and written again: 8-18 % of a
 layer's time becomes 1 (LOG.md).  The scale s is put into a factor when that is rounded to the dtype of X: exact where
@@ -12,7 +16,7 @@ Source: LoRA, arXiv:2106.09685, section 4.1.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,18 +24,22 @@ from torch import Tensor
 from lora.kernels._triton import tl, triton
 from lora.kernels.code4 import dequantize4
 from lora.kernels.dispatch import use_triton
-from lora.kernels.linear4 import Low, Weight4
+from lora.kernels.linear4 import Weight4
 from lora.kernels.scratch import scratch
 
 ROOM = 64  # the added columns are a multiple of it, so that rows begin on 128 bytes and products get whole tiles
 
 
 class Group(NamedTuple):
-    """Layers that read one input: their weights (N_i, K), biases and updates, None where a layer has none."""
+    """Layers that read one input: their weights (N_i, K), biases and updates, None where a layer has none.
+
+    With `parts` k > 1 every update is (a (k, r, K), b (k, N, r), s (k,)), each for its own k-th of the rows.
+    """
 
     weights: tuple[Weight4 | Tensor, ...]
     biases: tuple[Tensor | None, ...]
-    lows: tuple[Low | None, ...]
+    lows: tuple[Any, ...]  # Low, or None
+    parts: int = 1
 
     @property
     def K(self) -> int:
@@ -45,12 +53,12 @@ class Group(NamedTuple):
     @property
     def ranks(self) -> list[int]:
         """r_i of each layer, 0 without an update."""
-        return [low[0].shape[0] if low else 0 for low in self.lows]
+        return [low[0].shape[-2] if low else 0 for low in self.lows]
 
     @property
     def room(self) -> int:
         """Columns that the updates and the biases add, rounded up."""
-        used = sum(self.ranks) + any(b is not None for b in self.biases)
+        used = self.parts * sum(self.ranks) + any(b is not None for b in self.biases)
         return -(-used // ROOM) * ROOM
 
 
@@ -149,7 +157,10 @@ def fringe(
 def stack_a(group: Group, out: Tensor, scaled: bool) -> Tensor:
     """A into the first rows of `out`, times the scales if `scaled`; the rows behind it become 0."""
     at = 0
-    for low in group.lows:
+    if group.parts > 1:
+        at = group.parts * sum(group.ranks)
+        _stack_parts(group, out[:at].unflatten(0, (group.parts, -1)), scaled)
+    for low in group.lows if group.parts == 1 else ():
         if low:
             r = low[0].shape[0]
             torch.mul(low[0].detach(), low[2] if scaled else 1.0, out=out[at : at + r])
@@ -161,12 +172,54 @@ def stack_a(group: Group, out: Tensor, scaled: bool) -> Tensor:
 
 def spread_b(group: Group, out: Tensor, scaled: bool) -> None:
     """B, block-diagonal, and the biases behind it, into `out` (Σ N, room), zeros elsewhere; B times s if `scaled`."""
+    if group.parts > 1:
+        return _spread_parts(group, out)
     row = at = 0
     for n, r, low, bias in zip(group.sizes, group.ranks, group.lows, group.biases, strict=True):
         b = low[1].detach() if low else None
         bias = None if bias is None else bias.detach()
         fringe(out[row : row + n], b, at, bias, last=sum(group.ranks), scale=low[2] if low and scaled else 1.0)
         row, at = row + n, at + r
+
+
+# ---- adapters side by side ----
+def _stack_parts(group: Group, out: Tensor, scaled: bool) -> None:
+    """Every a into `out` (k, Σ r, K), times the scales if `scaled`."""
+    at = 0
+    for low, r in zip(group.lows, group.ranks, strict=True):
+        if low:
+            torch.mul(low[0].detach(), low[2][:, None, None] if scaled else 1.0, out=out[:, at : at + r])
+            at += r
+
+
+def _spread_parts(group: Group, out: Tensor) -> None:
+    """Every b of every part, and the biases behind them, into `out` (Σ N, room): adapter by adapter, zeros elsewhere."""
+    R = sum(group.ranks)
+    out.zero_()
+    columns = out[:, : group.parts * R].unflatten(1, (group.parts, R))  # (Σ N, k, Σ r)
+    row = at = 0
+    for n, r, low, bias in zip(group.sizes, group.ranks, group.lows, group.biases, strict=True):
+        if low:
+            columns[row : row + n, :, at : at + r].copy_(low[1].detach().transpose(0, 1))
+        if bias is not None:
+            out[row : row + n, group.parts * R].copy_(bias.detach())
+        row, at = row + n, at + r
+
+
+def _runs(group: Group, x: Tensor) -> Tensor:
+    """Rows (M, ...) as the parts' (k, M / k, ...)."""
+    return x.unflatten(0, (group.parts, -1))
+
+
+def _fringe_parts(group: Group, out: Tensor, t: Tensor | None, ones: bool) -> None:
+    """t (k, M / k, Σ r) block-diagonal into `out` (M, room), ones behind it, zeros elsewhere."""
+    out.zero_()
+    R = sum(group.ranks)
+    if t is not None:
+        blocks = _runs(group, out[:, : group.parts * R]).unflatten(2, (group.parts, R))  # (k, M / k, k, Σ r)
+        blocks.diagonal(dim1=0, dim2=2).copy_(t.permute(1, 2, 0))  # (M / k, Σ r, k)
+    if ones:
+        out[:, group.parts * R] = 1.0
 
 
 def _decode(weights: Sequence[Weight4 | Tensor], out: Tensor) -> None:
@@ -186,7 +239,7 @@ def _decode(weights: Sequence[Weight4 | Tensor], out: Tensor) -> None:
 
 
 def forward(group: Group, xw: Tensor, t: Tensor | None = None, add: Tensor | None = None, out: Tensor | None = None):
-    """Y (M, Σ N) and T (M, Σ r) of X in the first K columns of xw (M, K + room), whose other columns are written here.
+    """Y (M, Σ N) and T (M, Σ r), by parts (k, M / k, Σ r), of X in the first K columns of xw (M, K + room), whose other columns are written here.
 
     `t` is T where it is known already.  `add` (M, Σ N) is added to Y, which goes into `out` where given.
     """
@@ -196,9 +249,14 @@ def forward(group: Group, xw: Tensor, t: Tensor | None = None, add: Tensor | Non
     _decode(group.weights, buffer[:, :K])
     if room:
         spread_b(group, buffer[:, K:], scaled=False)
+        ones = any(b is not None for b in group.biases)
         if R and t is None:
-            t = xw[:, :K] @ stack_a(group, torch.empty(R, K, dtype=xw.dtype, device=xw.device), scaled=True).T
-        fringe(xw[:, K:], t, ones=any(b is not None for b in group.biases), last=R)
+            a = stack_a(group, torch.empty(group.parts * R, K, dtype=xw.dtype, device=xw.device), scaled=True)
+            t = xw[:, :K] @ a.T if group.parts == 1 else _runs(group, xw[:, :K]) @ _runs(group, a).mT
+        if group.parts > 1:
+            _fringe_parts(group, xw[:, K:], t, ones)
+        else:
+            fringe(xw[:, K:], t, ones=ones, last=R)
     if add is not None:
         y = torch.addmm(add, xw, buffer.T)
     else:
@@ -217,7 +275,10 @@ def backward(group: Group, dyw: Tensor, t: Tensor | None, out: Tensor | None = N
     room = dyw.shape[1] - N
     buffer = wide(N + room, K, 0, dyw, "weight")
     _decode(group.weights, buffer[:N])
-    if R:
+    if R and group.parts > 1:
+        assert t is not None
+        u, dbs = _backward_parts(group, dy, t)
+    elif R:
         assert t is not None
         b = wide(N, 0, group.room, dyw, "b")
         spread_b(group, b, scaled=True)
@@ -229,27 +290,44 @@ def backward(group: Group, dyw: Tensor, t: Tensor | None, out: Tensor | None = N
     else:
         dbs = [None] * len(group.weights)
     if room:
-        fringe(dyw[:, N:], u)
+        if group.parts > 1:
+            _fringe_parts(group, dyw[:, N:], u, ones=False)
+        else:
+            fringe(dyw[:, N:], u)
         stack_a(group, buffer[N:], scaled=False)
     if out is None:
         out = torch.empty(dyw.shape[0], K, dtype=dyw.dtype, device=dyw.device)
     return torch.mm(dyw, buffer, out=out), u, dbs
 
 
+def _backward_parts(group: Group, dy: Tensor, t: Tensor) -> tuple[Tensor, list[Tensor | None]]:
+    """U (k, M / k, Σ r) and db_i (k, N_i, r_i) of dY (M, Σ N)."""
+    u, dbs = torch.empty_like(t), []
+    row = at = 0
+    for n, r, low in zip(group.sizes, group.ranks, group.lows, strict=True):
+        part = _runs(group, dy[:, row : row + n])  # (k, M / k, N)
+        if low:
+            b = (low[1].detach() * low[2][:, None, None]).to(dy.dtype)
+            u[:, :, at : at + r].copy_(part @ b)
+        dbs.append(product32(part.mT, t[:, :, at : at + r]) if low else None)
+        row, at = row + n, at + r
+    return u, dbs
+
+
 def product32(a: Tensor, b: Tensor) -> Tensor:
     """a b in float32, in which factors and their gradients are kept, where the device makes it without rounding."""
     if a.is_cuda and a.dtype in (torch.bfloat16, torch.float16):
-        return torch.mm(a, b, out_dtype=torch.float32)
+        return (torch.bmm if a.dim() == 3 else torch.mm)(a, b, out_dtype=torch.float32)
     return a @ b
 
 
 def grad_a(group: Group, u: Tensor | None, x: Tensor) -> list[Tensor | None]:
-    """da_i = U_iᵀ X of each layer, None without an update; X (M, K) is the group's input."""
+    """da_i = U_iᵀ X of each layer, of each of its parts, None without an update; X (M, K) is the group's input."""
     if u is None:
         return [None] * len(group.weights)
-    da = product32(u.T, x)
-    parts, at = [], 0
+    da = product32(u.mT, x if group.parts == 1 else _runs(group, x))
+    found, at = [], 0
     for r, low in zip(group.ranks, group.lows, strict=True):
-        parts.append(da[at : at + r] if low else None)
+        found.append(da[..., at : at + r, :] if low else None)
         at += r
-    return parts
+    return found

@@ -7,6 +7,8 @@ What stands above the adapters (loading, training, evaluating) is imported when 
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from lora.attach import attach as attach
+from lora.attach import swap as swap
 from lora.combine import combine as combine
 from lora.config import LoRAConfig as LoRAConfig
 from lora.export import export as export
@@ -14,12 +16,12 @@ from lora.merge import merge as merge
 from lora.merge import unmerge as unmerge
 from lora.quant.linear import quantize_module as quantize
 from lora.requantize import merge_4bit as merge_4bit
+from lora.save import save as save
 from lora.status import status as status
-from lora.store import attach as attach
-from lora.store import save as save
 from lora.wrap import activate as activate
 from lora.wrap import detach as detach
 from lora.wrap import disabled as disabled
+from lora.wrap import mixed as mixed
 from lora.wrap import wrap as wrap
 
 if TYPE_CHECKING:
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     from lora.models.save import save_pretrained as save_pretrained
     from lora.train.config import TrainConfig as TrainConfig
     from lora.train.loop import fit as fit
+    from lora.train.plan import plan as plan
     from lora.train.sweep import sweep as sweep
     from lora.train.verify import verify as verify
 
@@ -42,6 +45,7 @@ _LAZY = {
     "evaluate": "lora.eval.evaluate",
     "compare": "lora.eval.compare",
     "fit": "lora.train.loop",
+    "plan": "lora.train.plan",
     "TrainConfig": "lora.train.config",
     "sweep": "lora.train.sweep",
     "verify": "lora.train.verify",
@@ -63,10 +67,13 @@ __all__ = [
     "load",
     "merge",
     "merge_4bit",
+    "mixed",
+    "plan",
     "quantize",
     "save",
     "save_pretrained",
     "status",
+    "swap",
     "sweep",
     "unmerge",
     "verify",

@@ -25,6 +25,7 @@ from lora.render import LEARN
 from lora.requantize import LEAST
 from lora.rows import read_rows
 from lora.sources import SUFFIXES
+from lora.train.ceilings import CARDS
 from lora.train.config import TrainConfig
 from lora.train.sinks import READY, ready
 
@@ -437,6 +438,37 @@ def _combine(a: Namespace) -> None:
     print(json.dumps({"out": a.out, "r": made.r, "error": made.error, "errors": made.errors}) if a.json else made)
 
 
+# ---- plan ----
+def _plan_arguments() -> ArgumentParser:
+    p = ArgumentParser(description="Memory and time of a training step, before anything is loaded.")
+    p.add_argument("--model", type=str, required=True, help="model folder (its config.json will do) or .gguf file")
+    p.add_argument("--method", choices=("qlora", "lora", "full"), default="qlora", help="what is trained, on what base")
+    p.add_argument("--batch", type=int, default=4, help="rows that run together")
+    p.add_argument("--length", type=int, default=2048, help="tokens of each")
+    p.add_argument("--budget", type=str | None, default=None, help="what tensors may take, 24GiB say; the machine's")
+    p.add_argument("--learned", type=float, default=1.0, help="share of the tokens that are learned from")
+    p.add_argument("--pack", type=bool, default=False, help="rows of several texts")
+    p.add_argument("--recompute", type=bool, default=False, help="as in train")
+    p.add_argument("--optim_bits", type=int, default=32, help="of each of AdamW's two moments: 32 or 8")
+    p.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="dense weights")
+    p.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto", help="auto: the GPU, if there is one")
+    p.add_argument("--card", type=str | None, default=None, help=f"plan for one of {', '.join(CARDS)}; this machine")
+    p.add_argument("--solve", type=str, default="", help="largest that fits, of batch, length, rank; commas between")
+    p.add_argument("--lora.r", type=int, default=16, help="rank of the update")
+    p.add_argument("--lora.targets", type=str | list[str], default="all-linear", help="layers that get one")
+    _json_flag(p)
+    return p
+
+
+def _plan(a: Namespace) -> None:
+    solve = [part.strip() for part in a.solve.split(",") if part.strip()]
+    same = {key: a[key] for key in ("method", "learned", "pack", "recompute", "optim_bits", "dtype", "device", "card")}
+    made = lora.plan(
+        a.model, a.batch, a.length, a.lora.r, budget=a.budget, targets=a.lora.targets, solve=solve, **same
+    )  # fmt: skip
+    print(json.dumps(made.to_json()) if a.json else made)
+
+
 # ---- shared flags ----
 def _model_flags(p: ArgumentParser, quantize: bool = True, required: bool = True) -> None:
     kind: Any = {"type": str, "required": True} if required else {"type": str | None, "default": None}
@@ -462,6 +494,7 @@ _COMMANDS: dict[str, tuple[Callable[[], ArgumentParser], Callable[[Namespace], N
     "train": (_train_arguments, _train),
     "data": (_data_arguments, _data),
     "verify": (_verify_arguments, _verify),
+    "plan": (_plan_arguments, _plan),
     "sweep": (_sweep_arguments, _sweep),
     "eval": (_eval_arguments, _eval),
     "generate": (_generate_arguments, _generate),

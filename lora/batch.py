@@ -66,9 +66,15 @@ class Batch:
         return int(self.real.sum())
 
     def to(self, device: torch.device) -> "Batch":
-        ids, real, at, target, owner = (t.to(device) for t in (self.ids, self.real, self.at, self.target, self.owner))
-        positions = None if self.positions is None else self.positions.to(device)
+        """The batch on a device. To a GPU it goes by pinned memory, and nobody waits for it."""
+        ids, real, at, target, owner = (_to(t, device) for t in (self.ids, self.real, self.at, self.target, self.owner))
+        positions = None if self.positions is None else _to(self.positions, device)
         return Batch(ids, real, at, target, owner, self.rows, positions, self.documents)
+
+
+def _to(t: Tensor, device: torch.device) -> Tensor:
+    by_pinned = device.type == "cuda" and not t.is_cuda
+    return t.pin_memory().to(device, non_blocking=True) if by_pinned else t.to(device)
 
 
 def collate(examples: Sequence[Example | Pack], pad: int = 0, side: str = "right") -> Batch:

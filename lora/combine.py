@@ -21,11 +21,20 @@ from torch import Tensor
 
 from lora.files import new_directory, sort_metadata
 from lora.fingerprint import KEY, same_base
-from lora.store import CONFIG, PREFIX, WEIGHTS, metadata_of, rank_and_scale, read_adapter, sort_adapter
+from lora.format import (
+    CONFIG,
+    LINEAR,
+    PREFIX,
+    TABLE,
+    WEIGHTS,
+    Contents,
+    metadata_of,
+    rank_and_scale,
+    read_adapter,
+    sort_adapter,
+)
 
 METHODS = ("cat", "svd")
-
-_LINEAR, _TABLE = (".lora_A.weight", ".lora_B.weight"), (".lora_embedding_A", ".lora_embedding_B")
 
 
 @dataclass(frozen=True)
@@ -80,11 +89,10 @@ def combine(
     for folder, weight in zip(folders, weights, strict=True):
         config, tensors = read_adapter(folder)
         configs.append(config)
-        parts, whole = sort_adapter(tensors, folder)
-        if whole:
-            raise ValueError(f"{folder} trains {sorted(whole)[0]} whole; there is no sum of two whole modules")
-        tables |= {key.removeprefix(PREFIX).removesuffix(_TABLE[0]) for key in tensors if key.endswith(_TABLE[0])}
-        for path, factors in parts.items():
+        content = sort_adapter(tensors, folder)
+        _refuse_whole(folder, config, content)
+        tables |= content.tables
+        for path, factors in content.updates.items():
             if "m" in factors:
                 raise ValueError(f"{folder}: {path} is a DoRA update, which changes lengths too and does not add up")
             _, scale = rank_and_scale(config, path, factors, folder)
@@ -105,7 +113,7 @@ def combine(
     written = {}
     for path, (a, b) in made.items():
         more = r - a.shape[0]  # one rank for all: what every loader reads alike
-        keys = _TABLE if path in tables else _LINEAR
+        keys = TABLE if path in tables else LINEAR
         written[f"{PREFIX}{path}{keys[0]}"] = torch.nn.functional.pad(a, (0, 0, 0, more)).contiguous()
         written[f"{PREFIX}{path}{keys[1]}"] = torch.nn.functional.pad(b, (0, more)).contiguous()
     config = dict(configs[0]) | {"r": r, "lora_alpha": r, "rank_pattern": {}, "alpha_pattern": {}, "use_rslora": False}
@@ -115,6 +123,19 @@ def combine(
         sort_metadata(folder / WEIGHTS)
         (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     return Combined(Path(out), r, errors, (lost / size) ** 0.5 if size else 0.0)
+
+
+def _refuse_whole(folder: Path, config: Mapping[str, Any], content: Contents) -> None:
+    """Raises ValueError for what replaces something of the base, or is stacked, and so does not add up here."""
+    if content.whole:
+        raise ValueError(f"{folder} trains {min(content.whole)} whole; there is no sum of two whole modules")
+    if content.tokens or content.biases or config.get("lora_bias"):
+        what = "rows of tokens" if content.tokens else "biases"
+        raise ValueError(f"{folder} trains {what}, which add up only with the base at hand; merge it instead")
+    if config.get("target_parameters"):
+        raise ValueError(f"{folder} has updates of stacked parameters, which are not added up")
+    if str(config.get("init_lora_weights")) == "pissa":
+        raise ValueError(f"{folder} stands on PiSSA's residual; attach it and save it again, as an update of the base")
 
 
 def _cut(a: Tensor, b: Tensor, r: int) -> tuple[Tensor, Tensor, float, float]:

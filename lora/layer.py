@@ -3,6 +3,9 @@
     LoRALinear     y = base(x) + Σ over active names of s (x Aᵀ) Bᵀ        A (r, in)     B (out, r)
     LoRAEmbedding  y = base(i) + Σ s A[:, i]ᵀ Bᵀ                            A (r, vocab)  B (dim, r)
     TrainedModule  y = the active copy of a whole module, or the module itself
+    TrainedBias    y = base(x) + Σ (bias learned - bias of the base)
+Two more in files of their own: TrainedTokens (vocab.py), some rows of a table; LoRAExperts (experts.py), parameters of
+3 dimensions.
 
 The base is any module that maps x to y: nn.Linear, Linear4bit, GPT-2's Conv1D, bitsandbytes' layers.
 It is held and called, never changed, so switching adapters off, or a merge out again, gives back the
@@ -17,61 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora.dora import contribution, squared_lengths, weight_change
-from lora.init import init_embedding, init_linear
+from lora.adapter import Adapter, Bias, ByRow, add_all
+from lora.config import LoRAConfig
+from lora.dora import contribution, weight_change
 from lora.kernels.linear4 import Low, linears4
-from lora.kernels.lowrank import add_low_rank
 from lora.quant.linear import Linear4bit, is_conv1d
-
-
-class Adapter(nn.Module):
-    """The two factors of one update, its scale and its dropout; for DoRA, the lengths of the rows beside."""
-
-    magnitude: nn.Parameter | None  # (out,) float32, DoRA only
-    length2: Tensor  # |W|² of the base's rows, DoRA only
-
-    def __init__(self, r: int, n_in: int, n_out: int, scale: float, dropout: float, device: torch.device) -> None:
-        super().__init__()
-        self.a = nn.Parameter(torch.empty(r, n_in, dtype=torch.float32, device=device))
-        self.b = nn.Parameter(torch.empty(n_out, r, dtype=torch.float32, device=device))
-        self.scale, self.dropout = scale, dropout
-        self.register_parameter("magnitude", None)
-
-    def decompose(self, base: nn.Module) -> None:
-        """Makes this a DoRA adapter of `base`."""
-        self.register_buffer("length2", squared_lengths(base), persistent=False)
-        self.magnitude = nn.Parameter(self.length2.clamp(min=1e-30).sqrt())
-
-    @property
-    def r(self) -> int:
-        return self.a.shape[0]
-
-    def delta(self) -> Tensor:
-        """s B A, (out, in) float32."""
-        return (self.b.detach().float() @ self.a.detach().float()).mul_(self.scale)
-
-    def extra_repr(self) -> str:
-        return f"r={self.r}, scale={self.scale:g}, dropout={self.dropout:g}"
-
-
-class ByRow:
-    """Adapters side by side: each sees its own rows of the batch, so that several train in one pass over the base.
-
-    `parts` are (adapter, first row, row behind the last), in order and without a gap.
-    """
-
-    magnitude, dropout = None, 0.0
-
-    def __init__(self, parts: Sequence[tuple[Adapter, int, int]]) -> None:
-        self.parts = tuple(parts)
-
-    def add(self, y: Tensor, x: Tensor) -> Tensor:
-        """y (B, ..., out) with each row's own update on x (B, ..., in) added."""
-        if x.shape[0] != self.parts[-1][2]:
-            raise RuntimeError(
-                f"adapters by row want {self.parts[-1][2]} rows first in a layer's input, not {x.shape[0]}"
-            )
-        return torch.cat([add_all(y[i:j], x[i:j], [adapter], False) for adapter, i, j in self.parts])
 
 
 class Adapted(nn.Module):
@@ -94,7 +47,11 @@ class Adapted(nn.Module):
         """The adapters that take part in a forward now."""
         if self.by_row is not None and not self.off:
             return [self.by_row]
-        return [] if self.off else [self.adapters[name] for name in self.active if name in self.adapters]
+        return [] if self.off else self.chosen()
+
+    def chosen(self) -> list[Any]:
+        """The active adapters that stand on this layer, switched off or not."""
+        return [self.adapters[name] for name in self.active if name in self.adapters]
 
     def train(self, mode: bool = True) -> "Adapted":
         if mode and self.merged is not None:
@@ -113,12 +70,22 @@ class Adapted(nn.Module):
 class LoRALinear(Adapted):
     """A linear layer of any make with low-rank updates beside it."""
 
-    def add(self, name: str, r: int, scale: float, dropout: float, dora: bool = False) -> None:
+    def add(
+        self, name: str, config: LoRAConfig, r: int, scale: float, rows: Sequence[Tensor] = (), *, fresh: bool = True
+    ) -> None:
+        """A new adapter; `rows` are those of each part of a fused projection. Not `fresh`: factors are not filled."""
         n_out, n_in = linear_shape(self.base)
-        adapter = Adapter(r, n_in, n_out, scale, dropout, layer_device(self.base))
-        init_linear(adapter.a, adapter.b)
-        if dora:
+        device, bias = layer_device(self.base), getattr(self.base, "bias", None)
+        adapter = Adapter(r, n_in, n_out, scale, config.dropout, device, rows)
+        if fresh:
+            adapter.begin(config.init, self.base)
+        if config.dora:
             adapter.decompose(self.base)
+        if config.lora_bias:
+            adapter.bias = Bias(None, n_out, scale, device)
+        elif config.bias != "none" and bias is not None:
+            adapter.bias = Bias(bias, n_out, 1.0, device)
+        adapter.a.requires_grad_(config.train_a)
         self.adapters[name] = adapter
 
     def forward(self, x: Tensor) -> Tensor:
@@ -129,6 +96,7 @@ class LoRALinear(Adapted):
             y0 = y = self.base(x)
             for adapter in decomposed:
                 y = y + contribution(adapter, self.base, x, y0, self.training)
+                y = y if adapter.bias is None else y + adapter.bias.shift().to(y.dtype)
             return add_all(y, x, [a for a in self.on() if a.magnitude is None], self.training)
         if isinstance(self.base, Linear4bit):
             low, rest = self.split()
@@ -138,26 +106,19 @@ class LoRALinear(Adapted):
     def split(self) -> tuple[Low | None, list[Any]]:
         """The adapter that a 4-bit base adds in its own pass, and those to be added behind it."""
         on = self.on()
-        if not on or isinstance(on[0], ByRow) or (self.training and on[0].dropout):
+        if not on or isinstance(on[0], ByRow) or on[0].bias is not None or (self.training and on[0].dropout):
             return None, on
-        return (on[0].a, on[0].b, on[0].scale), on[1:]
+        return on[0].low(), on[1:]
 
     def delta(self) -> Tensor:
         """What the active adapters add to the weight, in the base's own layout, float32."""
-        on = [self.adapters[name] for name in self.active if name in self.adapters]
-        delta: Any = sum(a.delta() if a.magnitude is None else weight_change(a, self.base) for a in on)
+        delta: Any = sum(a.delta() if a.magnitude is None else weight_change(a, self.base) for a in self.chosen())
         return delta.T if is_conv1d(self.base) else delta
 
-
-def add_all(y: Tensor, x: Tensor, adapters: Sequence[Any], training: bool) -> Tensor:
-    """y with the updates of `adapters` on x added."""
-    for adapter in adapters:
-        if isinstance(adapter, ByRow):
-            y = adapter.add(y, x)
-            continue
-        h = nn.functional.dropout(x, adapter.dropout, training) if adapter.dropout else x
-        y = add_low_rank(y, h.to(y.dtype), adapter.a.to(y.dtype), adapter.b.to(y.dtype), adapter.scale)
-    return y
+    def shift(self) -> Tensor | None:
+        """What the active adapters add to the bias (out,), float32; None where none has one."""
+        shifts = [a.bias.shift().detach() for a in self.chosen() if a.bias is not None]
+        return torch.stack(shifts).sum(dim=0) if shifts else None
 
 
 def together(x: Tensor, *layers: nn.Module) -> list[Tensor]:
@@ -188,31 +149,51 @@ def is_hooked(module: nn.Module) -> bool:
 class LoRAEmbedding(Adapted):
     """An embedding table with low-rank updates: a row's update is B times a column of A."""
 
-    def add(self, name: str, r: int, scale: float, dropout: float, dora: bool = False) -> None:
-        del dropout, dora  # an index has nothing to drop; peft ignores it here as well. dora is refused before
+    def add(self, name: str, config: LoRAConfig, r: int, scale: float, *, fresh: bool = True) -> None:
         table = self.base.weight
+        # an index has nothing to drop: config.dropout does not act, as in peft
         adapter = Adapter(r, table.shape[0], table.shape[1], scale, 0.0, table.device)
-        init_embedding(adapter.a, adapter.b)
+        if fresh:
+            adapter.begin(config.init, self.base)
         self.adapters[name] = adapter
 
     def forward(self, index: Tensor) -> Tensor:
         if self.merged is not None and not self.off:
             return self.merged(index)
         y = self.base(index)
+        times = embed_scale(self.base)
         for adapter in self.on():
-            low = nn.functional.embedding(index, adapter.a.T.to(y.dtype))  # (..., r)
-            y = y + (low @ adapter.b.T.to(y.dtype)) * adapter.scale
+            if isinstance(adapter, ByRow):
+                adapter.check(index)
+                own = [_of_table(y[i:j], index[i:j], one, times) if one else y[i:j] for one, i, j in adapter.members]
+                y = torch.cat(own)
+            else:
+                y = _of_table(y, index, adapter, times)
         return y
 
     def delta(self) -> Tensor:
         """What the active adapters add to the table (vocab, dim), float32."""
-        return sum(self.adapters[name].delta() for name in self.active if name in self.adapters).T
+        return sum(a.delta() for a in self.chosen()).T
+
+    def shift(self) -> None:
+        return None
+
+
+def _of_table(y: Tensor, index: Tensor, adapter: Adapter, times: float) -> Tensor:
+    low = nn.functional.embedding(index, adapter.a.T.to(y.dtype))  # (..., r)
+    return y + (low @ adapter.b.T.to(y.dtype)) * (adapter.scale * times)
+
+
+def embed_scale(table: Any) -> float:
+    """What a table multiplies its rows by when they are looked up (transformers' Gemma does so in the layer)."""
+    return float(getattr(table, "embed_scale", 1.0))
 
 
 class TrainedModule(Adapted):
     """A whole module with trained copies beside it: peft's modules_to_save."""
 
-    def add(self, name: str) -> None:
+    def add(self, name: str, config: LoRAConfig, *, fresh: bool = True) -> None:
+        del config, fresh  # it begins as the module, whatever the adapter's settings
         trained = copy.deepcopy(self.base)
         for p in trained.parameters():
             p.data = p.data.float() if p.is_floating_point() else p.data
@@ -227,6 +208,30 @@ class TrainedModule(Adapted):
         if p is None or not x.is_floating_point() or p.dtype == x.dtype:
             return on[-1](x, *args, **kwargs)
         return on[-1](x.to(p.dtype), *args, **kwargs).to(dtype)  # the copy is float32 beside a 16-bit base
+
+
+class TrainedBias(Adapted):
+    """A module of which the bias alone is learned, beside it; one whose output ends in adding that bias."""
+
+    def add(self, name: str, config: LoRAConfig, *, fresh: bool = True) -> None:
+        del config, fresh  # it begins as the base's
+        bias = self.base.bias
+        self.adapters[name] = Bias(bias, len(bias), 1.0, bias.device)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.merged is not None and not self.off:
+            return self.merged(x)
+        y = self.base(x)
+        for bias in self.on():
+            y = y + bias.shift().to(y.dtype)
+        return y
+
+    def delta(self) -> None:
+        return None
+
+    def shift(self) -> Tensor:
+        """What the active ones add to the bias (n,), float32."""
+        return torch.stack([bias.shift().detach() for bias in self.chosen()]).sum(dim=0)
 
 
 def linear_shape(layer: Any) -> tuple[int, int]:
@@ -255,3 +260,14 @@ def adapted(model: nn.Module) -> Iterator[tuple[str, Adapted]]:
     for name, module in model.named_modules():
         if isinstance(module, Adapted):
             yield name, module
+
+
+def updates(model: nn.Module) -> Iterator[tuple[str, str, Adapter]]:
+    """(name of the layer or of its parameter, name of the adapter, update) of every low-rank update in the model."""
+    for path, layer in adapted(model):
+        for name, part in layer.adapters.items():
+            if isinstance(part, Adapter):
+                yield path, name, part
+            elif isinstance(part, nn.ModuleDict):  # of a module's parameters, each its own
+                for key, update in part.items():
+                    yield f"{path}.{key}", name, update  # type: ignore[misc]

@@ -62,6 +62,20 @@ def shared_storage(model: nn.Module) -> dict[int, list[str]]:
     return {address: names for address, names in users.items() if len(names) > 1}
 
 
+def input_table(model: nn.Module) -> str | None:
+    """The name of the embedding that reads token ids: by the model's word, else the only one, or that of vocab_size."""
+    modules: dict[str, Any] = {n: m.base if isinstance(m, Adapted) else m for n, m in candidates(model).items()}
+    ask: Any = getattr(model, "get_input_embeddings", None) or getattr(model, "embedding", None)
+    table = ask() if callable(ask) else None
+    table = table.base if isinstance(table, Adapted) else table
+    tables = {n: m for n, m in modules.items() if isinstance(m, nn.Embedding)}
+    if not any(m is table for m in tables.values()):
+        size = getattr(getattr(model, "config", None), "vocab_size", None)
+        fit = list(tables) if len(tables) == 1 else [n for n, m in tables.items() if m.num_embeddings == size]
+        return fit[0] if len(fit) == 1 else None
+    return next(n for n, m in tables.items() if m is table)
+
+
 def heads(model: nn.Module) -> set[str]:
     """Names of the layers that "all-linear" leaves out: all in the heads of an encoder of ours, or the output head."""
     named = getattr(model, "class_heads", None)

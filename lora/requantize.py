@@ -111,7 +111,7 @@ def _requantized(layer: LoRALinear, rounding: str, generator: torch.Generator) -
     moved = packed.dequantize(torch.float32) - before
     sums = [(moved * delta).sum(dtype=torch.float64), (delta * delta).sum(dtype=torch.float64)]
     sums.append(((moved - delta) ** 2).sum(dtype=torch.float64))
-    return Linear4bit(packed, base.bias).eval(), torch.stack(sums).cpu()
+    return Linear4bit(packed, layer.merged.bias).eval(), torch.stack(sums).cpu()
 
 
 @torch.no_grad()

@@ -5,7 +5,9 @@ from typing import Any
 
 from torch import nn
 
-from lora.layer import Adapted, TrainedModule, adapted
+from lora.adapter import Adapter
+from lora.experts import LoRAExperts
+from lora.layer import Adapted, adapted
 from lora.match import shared_storage
 from lora.quant.linear import Linear4bit
 from lora.quant.linear8 import Linear8bit
@@ -60,13 +62,13 @@ class Status:
                 last,
                 f"x{len(rows)}",
                 base,
-                str(r) if r else "whole",
+                str(r) if r else _WHOLE[kind],
                 f"{scale:g}",
                 f"{dropout:g}",
                 dtype,
                 f"{sum(row.trainable for row in rows):,}",
             )
-            for (adapter, last, _, base, r, scale, dropout, dtype, active), rows in groups.items()
+            for (adapter, last, kind, base, r, scale, dropout, dtype, active), rows in groups.items()
         ]
         lines = []
         if body:
@@ -85,11 +87,14 @@ class Status:
 def status(model: nn.Module) -> Status:
     """The receipt of a model, wrapped or not."""
     rows: list[Row] = []
+    counted: set[int] = set()  # parameters in an earlier row: tied layers train one
     merged, active = False, dict[str, None]()
     for name, layer in adapted(model):
         merged |= layer.merged is not None
         active |= dict.fromkeys(layer.active)
-        rows += [_row(name, layer, adapter) for adapter in layer.adapters]
+        for adapter, part in layer.adapters.items():
+            inner = part.items() if isinstance(layer, LoRAExperts) else [("", part)]
+            rows += [_row(f"{name}.{key}".rstrip("."), layer, adapter, one, counted) for key, one in inner]
     trainable = [p for p in model.parameters() if p.requires_grad]
     packed = [m.packed() for m in model.modules() if isinstance(m, Linear4bit)]
     in_bits = sum(p.shape[0] * p.shape[1] for p in packed)
@@ -109,20 +114,23 @@ def status(model: nn.Module) -> Status:
     )
 
 
-def _row(name: str, layer: Adapted, adapter: str) -> Row:
-    part: Any = layer.adapters[adapter]
-    whole = isinstance(layer, TrainedModule)
-    p = next(iter(part.parameters()))
+_WHOLE = {"TrainedModule": "whole", "TrainedTokens": "rows", "TrainedBias": "bias"}  # what stands for a rank
+
+
+def _row(name: str, layer: Adapted, adapter: str, part: Any, counted: set[int]) -> Row:
+    update = isinstance(part, Adapter)
+    own = [p for p in part.parameters() if id(p) not in counted]
+    counted |= {id(p) for p in own}
     base = layer.base
     return Row(
         module=name,
         adapter=adapter,
         kind=type(layer).__name__,
         base=f"{base.kind} {type(base).__name__}" if isinstance(base, Linear4bit) else type(base).__name__,
-        r=0 if whole else part.r,
-        scale=1.0 if whole else part.scale,
-        dropout=0.0 if whole else part.dropout,
-        dtype=str(p.dtype).removeprefix("torch."),
-        trainable=sum(q.numel() for q in part.parameters() if q.requires_grad),
+        r=part.r if update else 0,
+        scale=part.scale if update else 1.0,
+        dropout=part.dropout if update else 0.0,
+        dtype=str(next(iter(part.parameters())).dtype).removeprefix("torch."),
+        trainable=sum(p.numel() for p in own if p.requires_grad),
         active=adapter in layer.active,
     )

@@ -4,15 +4,19 @@ wrap      add a named adapter          detach    take one away, and the wrapping
 activate  choose which take part       disabled  none of them, for the length of a `with`
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import accumulate, groupby
 from typing import Any
 
 from torch import nn
 
+from lora.adapter import ByRow
 from lora.config import LoRAConfig
-from lora.layer import Adapted, LoRAEmbedding, LoRALinear, TrainedModule, adapted, is_linear
-from lora.match import candidates, heads, matches, select
+from lora.layer import Adapted, LoRAEmbedding, LoRALinear, adapted
+from lora.match import candidates
+from lora.places import Place, find_places
+from lora.vocab import TrainedTokens, refuse_overlap
 
 
 def wrap(
@@ -22,82 +26,29 @@ def wrap(
     targets: str | Sequence[str] = "all-linear",
     dropout: float = 0.0,
     *,
-    exclude: Sequence[str] = (),
-    rslora: bool = False,
-    dora: bool = False,
-    train_a: bool = True,
-    rank_pattern: dict[str, int] | None = None,
-    alpha_pattern: dict[str, float] | None = None,
-    train_modules: Sequence[str] = (),
     name: str = "default",
     config: LoRAConfig | None = None,
+    **options: Any,
 ) -> nn.Module:
     """Puts a fresh adapter on the model's layers, in place, freezes everything else, and returns the model.
 
-    Works on any nn.Module, transformers' too.  The options are those of `LoRAConfig`; `config` gives them all at
-    once.  A fresh adapter changes no output bit.  The new adapter is active, alone.  `lora.status(model)` shows
-    what was adapted.
+    Works on any nn.Module, transformers' too.  `options` are the other settings of `LoRAConfig` (rslora, dora, exclude,
+    train_modules, ...); `config` gives them all at once.  A fresh adapter changes no output bit (one that begins by
+    PiSSA: nothing beyond rounding).  The new adapter is active, alone.  `lora.status(model)` shows what was adapted.
 
-    Raises ValueError when a pattern matches nothing, a rank or alpha is out of range, or `name` is taken;
-    RuntimeError on a merged model.
+    Raises ValueError when a pattern matches nothing, a rank or alpha is out of range, or `name` is taken; TypeError for
+    an option there is not; RuntimeError on a merged model.
     """
     if config is None:
-        config = LoRAConfig(
-            r=r,
-            alpha=alpha,
-            targets=targets if isinstance(targets, str) else tuple(targets),
-            dropout=dropout,
-            exclude=tuple(exclude) if not isinstance(exclude, str) else (exclude,),
-            rslora=rslora,
-            dora=dora,
-            train_a=train_a,
-            rank_pattern=dict(rank_pattern or {}),
-            alpha_pattern=dict(alpha_pattern or {}),
-            train_modules=tuple(train_modules) if not isinstance(train_modules, str) else (train_modules,),
-        )
-    plan = find_targets(model, config)
-    whole = select(candidates(model), config.train_modules, "train_modules") if config.train_modules else []
-    inside = [n for n in plan if any(n == w or n.startswith(w + ".") for w in whole)]
-    if inside and config.targets == "all-linear":
-        plan = {n: v for n, v in plan.items() if n not in inside}
-    elif inside:
-        outer = next(w for w in whole if inside[0] == w or inside[0].startswith(w + "."))
-        raise ValueError(f"targets means {inside[0]!r}, which train_modules trains whole as {outer!r}; leave one out")
-    add_adapter(model, name, config, plan, whole)
+        config = LoRAConfig(r=r, alpha=alpha, targets=targets, dropout=dropout, **options)  # type: ignore[arg-type]
+    add_adapter(model, name, config, find_places(model, config))
     return model
 
 
-def find_targets(model: nn.Module, config: LoRAConfig) -> dict[str, tuple[int, float]]:
-    """{module name: (rank, scale)} for each layer that `config` means."""
-    modules = candidates(model)
-    fit = [n for n, m in modules.items() if is_linear(m) or isinstance(m, nn.Embedding | LoRAEmbedding)]
-    if config.targets == "all-linear":
-        left = {id(modules[name]) for name in heads(model)}
-        names = [n for n in fit if is_linear(modules[n]) and id(modules[n]) not in left]
-        if not names and not config.train_modules:
-            raise ValueError(f'targets="all-linear" finds no linear layer in {type(model).__name__} besides its head')
-    else:
-        names = select(fit, config.targets, "targets", modules)
-    if config.exclude:
-        out = set(select(modules, config.exclude, "exclude"))
-        names = [n for n in names if n not in out]
-        if not names:
-            raise ValueError(f"exclude={list(config.exclude)} leaves nothing of targets={config.targets!r}")
-    for key, patterns in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern)):
-        select(names, list(patterns), key, modules)
-    return {n: _rank_and_scale(n, config) for n in names}
-
-
-def _rank_and_scale(name: str, config: LoRAConfig) -> tuple[int, float]:
-    r = next((v for k, v in config.rank_pattern.items() if matches(name, k)), config.r)
-    alpha = next((v for k, v in config.alpha_pattern.items() if matches(name, k)), config.alpha)
-    return r, config.scale(r, alpha)
-
-
 def add_adapter(
-    model: nn.Module, name: str, config: LoRAConfig, plan: dict[str, tuple[int, float]], whole: Sequence[str] = ()
+    model: nn.Module, name: str, config: LoRAConfig, places: Mapping[str, Place], *, fresh: bool = True
 ) -> None:
-    """Adds adapter `name` on the layers of `plan` and copies of the modules `whole`; freezes the rest; activates it."""
+    """Adds adapter `name` at `places`, freezes the rest, and activates it. Not `fresh`: its factors are not filled."""
     if not name or "." in name:
         raise ValueError(f"name={name!r}: an adapter's name is not empty and holds no dot")
     layers = dict(adapted(model))
@@ -108,37 +59,40 @@ def add_adapter(
     modules = candidates(model)
     if isinstance(model, Adapted) or not modules:
         raise TypeError(f"{type(model).__name__} is itself a layer, which cannot replace itself; put it into a module")
-    kinds = {target: _kind(modules[target]) if target in plan else TrainedModule for target in (*plan, *whole)}
-    for target, kind in kinds.items():
+    for target, (kind, _) in places.items():
         module = modules[target]
-        if config.dora and kind is LoRAEmbedding:
-            raise ValueError(f"dora is for linear layers, and {target!r} is an embedding; leave it out of the targets")
-        if not config.train_a and kind is LoRAEmbedding:
-            raise ValueError(f"train_a=False is for linear layers, and {target!r} is an embedding, whose A begins at 0")
-        if isinstance(module, Adapted) and not isinstance(module, kind):
+        for key, wrong in (
+            ("dora", config.dora), ("train_a=False", not config.train_a), ("lora_bias", config.lora_bias),
+            (f"init={config.init!r}", config.init != "kaiming"),
+        ):  # fmt: skip
+            if wrong and kind is LoRAEmbedding:
+                raise ValueError(
+                    f"{key} is for linear layers, and {target!r} is an embedding; leave it out of the targets"
+                )
+        if isinstance(module, Adapted) and type(module) is not kind:
             raise ValueError(f"{target!r} already carries {type(module).__name__}; it cannot also be {kind.__name__}")
-    if not layers:
-        model.requires_grad_(False)  # the base; later adapters leave earlier ones as trainable as they were
     made: dict[int, Adapted] = {}  # a module used in two places keeps one adapter for both
-    for target, kind in kinds.items():
-        module = modules[target]
-        if id(module) not in made:
-            layer: Any = module if isinstance(module, Adapted) else kind(module).train(module.training)
-            if isinstance(layer, TrainedModule):
-                layer.add(name)
-            else:
-                layer.add(name, *plan[target], config.dropout, config.dora)
-                layer.adapters[name].a.requires_grad_(config.train_a)
-            layer.adapters.train(module.training)
-            made[id(module)] = layer
-        if made[id(module)] is not module:
+    new: dict[str, Adapted] = {}
+    try:
+        for target, (kind, what) in places.items():
+            module = modules[target]
+            if id(module) not in made:
+                layer: Any = module if isinstance(module, Adapted) else kind(module).train(module.training)
+                layer.add(name, config, *what, fresh=fresh)
+                layer.adapters.train(module.training)
+                made[id(module)] = layer
+            new[target] = made[id(module)]
+    except ValueError:
+        for layer in made.values():  # nothing stands in the model yet but what earlier adapters had put there
+            layer.adapters.pop(name)
+        raise
+    if not layers:  # the base; later adapters leave earlier ones as trainable as they were
+        model.requires_grad_(False)
+    for target, layer in new.items():
+        if layer is not modules[target]:
             parent, _, child = target.rpartition(".")
-            setattr(model.get_submodule(parent), child, made[id(module)])
+            setattr(model.get_submodule(parent), child, layer)
     activate(model, name)
-
-
-def _kind(module: nn.Module) -> type[Adapted]:
-    return LoRAEmbedding if isinstance(module, nn.Embedding | LoRAEmbedding) else LoRALinear
 
 
 def adapter_names(model: nn.Module) -> list[str]:
@@ -164,6 +118,9 @@ def activate(model: nn.Module, name: str | Sequence[str]) -> None:
         raise ValueError(f"activate({list(names)}): each adapter once")
     if is_merged(model):
         raise RuntimeError("this model is merged; call lora.unmerge(model) before switching adapters")
+    for path, layer in adapted(model):
+        if isinstance(layer, TrainedTokens):
+            refuse_overlap(layer, names, path)
     for _, layer in adapted(model):
         layer.active = names
 
@@ -204,6 +161,44 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
     finally:
         for layer, off in zip(layers, before, strict=True):
             layer.off = off
+
+
+@contextmanager
+def mixed(model: nn.Module, names: Sequence[str | None]) -> Iterator[nn.Module]:
+    """`with lora.mixed(model, ["a", None, "b"]):` gives each row of a batch its own adapter; None: the base's.
+
+    Every layer must get as many rows as there are names, in their order: call the model, or `lora.generate`, on a batch
+    of that size.  Adapters' dropout does not act.
+
+    Raises KeyError for an unknown name, RuntimeError on a merged model, ValueError for an adapter that is more than
+    low-rank updates of linear layers and embeddings (DoRA, trained modules, tokens, experts), which act on all rows.
+    """
+    chosen = list(dict.fromkeys(n for n in names if n is not None))
+    for n in chosen:
+        check_name(model, n)
+    if not names or is_merged(model):
+        raise RuntimeError("mixed wants a name for each row, and a model that is not merged")
+    layers = dict(adapted(model))
+    for path, layer in layers.items():
+        for n in [n for n in chosen if n in layer.adapters]:
+            if not isinstance(layer, LoRALinear | LoRAEmbedding) or layer.adapters[n].magnitude is not None:
+                raise ValueError(
+                    f"adapter {n!r} has on {path!r} what cannot act on some rows only ({type(layer).__name__}); mixed "
+                    "takes low-rank updates of linear layers and embeddings"
+                )
+    before = {path: (layer.active, layer.by_row) for path, layer in layers.items()}
+    for layer in layers.values():
+        layer.active = tuple(chosen)
+        if any(n in layer.adapters for n in chosen):
+            rows = list(accumulate([0, *(len(list(same)) for _, same in groupby(names))]))
+            there = dict(layer.adapters.items())
+            own = [there.get(n) for n, _ in groupby(names)]
+            layer.by_row = ByRow(list(zip(own, rows[:-1], rows[1:], strict=True)))
+    try:
+        yield model
+    finally:
+        for path, (active, by_row) in before.items():
+            layers[path].active, layers[path].by_row = active, by_row
 
 
 def is_merged(model: nn.Module) -> bool:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import lora
 from lora.__main__ import main
-from lora.store import rank_and_scale, read_adapter, sort_adapter
+from lora.format import rank_and_scale, read_adapter, sort_adapter
 
 
 class Net(nn.Module):
@@ -33,7 +33,7 @@ def adapter(folder: Path, seed: int, net: Net | None = None, **how) -> Path:
 
 def updates(folder: Path) -> dict[str, Tensor]:
     config, tensors = read_adapter(folder)
-    parts, _ = sort_adapter(tensors, folder)
+    parts = sort_adapter(tensors, folder).updates
     scales = {path: rank_and_scale(config, path, f, folder)[1] for path, f in parts.items()}
     return {path: f["b"].double() @ f["a"].double() * scales[path] for path, f in parts.items()}
 

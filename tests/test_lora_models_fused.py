@@ -4,9 +4,11 @@ import pytest
 import torch
 
 import lora
+from lora.layer import ByRow, adapted
 from lora.models import fused, llama
-from lora.models.budget import Widths, fixed_bytes, keep_on_gpu, parse_bytes
+from lora.models.budget import parse_bytes
 from lora.models.llama import LlamaConfig
+from lora.train.stack import Stack
 
 
 def small(qkv_bias: bool = False, kv: int = 2) -> llama.Llama:
@@ -56,6 +58,45 @@ def test_it_equals_the_plain_path(keep: str, quantize: str | None, bias: bool, o
     torch.testing.assert_close(h1, h0, rtol=1e-5, atol=1e-5)
     for name in want:
         torch.testing.assert_close(got[name], want[name], rtol=1e-4, atol=2e-5 * float(want[name].abs().max()) + 1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:grad and param do not obey")  # of a stack's views
+@pytest.mark.parametrize("keep", ["all", "input"])
+@pytest.mark.parametrize("ranks", [(3, 3, 3), (2, 5)])
+@pytest.mark.parametrize("bias", [False, True])
+def test_adapters_side_by_side_equal_the_plain_path(
+    keep: str, ranks: tuple[int, ...], bias: bool, on_cpu: pytest.MonkeyPatch
+) -> None:
+    model = small(bias)
+    lora.quantize(model, "nf4")
+    for i, r in enumerate(ranks):
+        lora.wrap(model, r=r, alpha=3 * i + 2, name=f"m{i}")
+    for p in model.parameters():
+        if p.requires_grad:
+            torch.nn.init.normal_(p, std=0.1)
+    layers = [layer for _, layer in adapted(model)]
+    for layer in layers:
+        layer.adapters.requires_grad_(True)
+    stack = Stack(layers, [f"m{i}" for i in range(len(ranks))])
+    B, k = 2 * len(ranks), len(ranks)
+    ids, dy = torch.randint(0, 97, (B, 21)), torch.randn(B, 21, 64)
+    found = []
+    for device in (set(), {"cpu"}):
+        on_cpu.setattr(llama, "FUSED", device)
+        model.keeping.keep = keep
+        for layer, low in zip(layers, stack.lows, strict=True):
+            members = [(layer.adapters[f"m{i}"], 2 * i, 2 * i + 2) for i in range(k)]
+            layer.by_row = ByRow(members, low if device else None)
+        assert not device or fused.specs_of(model, model.embed(ids), {None: None}, model.keeping) is not None
+        stack.grad.zero_()
+        h = model.hidden(ids)
+        h.backward(dy)
+        found.append((h.detach(), stack.grad.clone()))
+    (h0, want), (h1, got) = found
+    torch.testing.assert_close(h1, h0, rtol=1e-5, atol=1e-5)
+    assert want.abs().sum(dim=1).min() > 0
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=2e-5 * float(want.abs().max()))
+    assert torch.equal(got == 0, want == 0)  # the room that smaller ranks leave stays empty
 
 
 def test_the_gradient_of_the_input_passes_through(on_cpu: pytest.MonkeyPatch) -> None:
@@ -110,17 +151,6 @@ def test_on_a_gpu_it_is_as_good_as_the_plain_path(keep: str, monkeypatch: pytest
     assert error(h1, h64) <= 1.3 * error(h0, h64)
     for name in want:
         assert error(got[name], want[name]) <= 1.5 * error(plain[name], want[name]) + 1e-3, name
-
-
-def test_blocks_are_kept_whole_as_far_as_memory_goes() -> None:
-    widths = Widths(states=4096, qkv=6144, attended=4096, gate=14336, blocks=32)
-    tokens, itemsize = 8192, 2
-    least, block = fixed_bytes(widths, tokens, itemsize), tokens * itemsize * widths.kept()
-    assert keep_on_gpu(widths, tokens, itemsize, 0) == ["host"] * 32
-    assert keep_on_gpu(widths, tokens, itemsize, least + 3 * block) == ["host"] * 29 + ["all"] * 3
-    assert keep_on_gpu(widths, tokens, itemsize, least + 99 * block) == ["all"] * 32
-    # measured on an H100: 32 blocks kept whole take 24.3 GiB more than none
-    assert 32 * block / 2**30 == pytest.approx(23.0, abs=1.5)
 
 
 @pytest.mark.parametrize(("text", "want"), [("24GiB", 24 * 2**30), ("500MiB", 500 * 2**20), ("24GB", 24 * 10**9)])

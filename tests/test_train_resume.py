@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 import lora
 from lora.train.checkpoint import checkpoints
 from lora.train.guard import Interrupted
+from lora.train.steps import Steps
 from lora.train.verify import verify
 
 TIMES = ("tokens_per_second", "train_runtime", "train_samples_per_second", "train_steps_per_second", "eval_runtime",
@@ -277,6 +278,62 @@ def test_full_weights_four_bits_and_sixteen_go_on_alike(kind: str, stories: Path
     lora.fit(again, tokenizer, DATA, DATA[:3], resume=tmp_path / "cut")
     assert timeless(tmp_path / "whole") == timeless(tmp_path / "cut")
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+
+
+# ---- on a GPU ----
+LONG = [{"prompt": f"{i} cats", "completion": " sat" * (60 + 11 * (i % 7))} for i in range(14)]
+HOW: dict[str, dict[str, Any]] = {
+    "recorded": {"rows": DATA, "dropout": 0.0, "neftune": 0.0},
+    "recorded, long rows": {"rows": LONG, "dropout": 0.0, "neftune": 0.0},
+    "padded, random": {"rows": DATA, "dropout": 0.2, "neftune": 5.0},
+    "long rows, random, 8 bits": {"rows": LONG, "dropout": 0.2, "neftune": 5.0, "optim_bits": 8},
+    "recompute": {"rows": LONG, "dropout": 0.2, "neftune": 0.0, "recompute": True},
+    "packed": {"rows": LONG, "dropout": 0.0, "neftune": 0.0, "pack": True, "max_length": 448},
+    "packed, random": {"rows": LONG, "dropout": 0.2, "neftune": 5.0, "pack": True, "max_length": 448},
+    "float16": {"rows": LONG, "dropout": 0.2, "neftune": 0.0, "dtype": "float16"},
+    "full": {"rows": LONG, "method": "full", "neftune": 5.0, "lora_plus": 1.0, "lr": 1e-3},
+}
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_on_a_gpu_a_run_cut_within_an_accumulation_goes_on_to_the_same_bits(
+    how: str, gpu: torch.device, stories: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    more = {"optim_bits": 32, "eval_every": 0, "batch": 2, "accumulate": 3, "max_steps": 9, "save_every": 4} | HOW[how]
+    rows, dropout, dtype = more.pop("rows"), more.pop("dropout", 0.0), more.pop("dtype", "bfloat16")
+    method = more.pop("method", "qlora")
+
+    def begin() -> tuple[Any, Any]:
+        torch.manual_seed(1)
+        quantize = "nf4" if method == "qlora" else None
+        model, tokenizer = lora.load(stories, quantize=quantize, dtype=dtype, device=gpu)
+        if method == "full":
+            return model.requires_grad_(True), tokenizer
+        return lora.wrap(model, r=4, dropout=dropout), tokenizer
+
+    model, tokenizer = begin()
+    lora.fit(model, tokenizer, rows, None, config(tmp_path / "whole", **more))
+    plain, calls = Steps._backward, []
+
+    def cut(self: Steps, *args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 1 + 4 * 3 + 2:  # the probe, four steps, and the second batch of the fifth's three
+            os.kill(os.getpid(), signal.SIGTERM)
+        return plain(self, *args, **kwargs)
+
+    monkeypatch.setattr(Steps, "_backward", cut)
+    again, _ = begin()
+    with pytest.raises(Interrupted, match="SIGTERM after step"):
+        lora.fit(again, tokenizer, rows, None, config(tmp_path / "cut", **more))
+    monkeypatch.setattr(Steps, "_backward", plain)
+    torch.rand(100, device=gpu)  # the GPU's generator stands elsewhere now
+    again, _ = begin()
+    run = lora.fit(again, tokenizer, rows, None, resume=tmp_path / "cut")
+    assert run.steps == 9
+    assert timeless(tmp_path / "whole") == timeless(tmp_path / "cut")
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+    if method != "full":
+        same(tmp_path / "whole", tmp_path / "cut")
 
 
 # ---- verify ----

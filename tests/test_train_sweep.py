@@ -44,7 +44,7 @@ def test_each_of_several_equals_its_solo_run(
         assert x.eval_loss == pytest.approx([h["eval_loss"] for h in run.history if "eval_loss" in h][-1], abs=near)
         for (name, a), (_, b) in zip(adapted(model), adapted(solo), strict=True):
             for mine, theirs in zip(a.adapters[m.name].parameters(), b.adapters["default"].parameters(), strict=True):
-                assert (mine - theirs).abs().max() < near, name
+                assert (mine - theirs).abs().max() < 3 * near, name  # Adam divides roundings by small gradients
         again, _ = lora.load(stories, quantize=quantize, device="cpu")
         lora.attach(again, out / m.name / "adapter")
         lora.activate(model, m.name)
@@ -52,6 +52,26 @@ def test_each_of_several_equals_its_solo_run(
         assert torch.equal(again.eval()(ids), model.eval()(ids))
     assert len(json.loads((out / "sweep.json").read_text())["members"]) == 3
     assert str(found).count("\n") == 3
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_on_a_gpu_a_batch_of_all_is_recorded_and_each_equals_its_solo_run(
+    accumulate: int, gpu: torch.device, stories: Path
+) -> None:
+    members = [*MEMBERS, Member(lr=50.0, r=2, seed=3)]  # one diverges, and its rows run on
+    data = [{"prompt": f"{i} cats", "completion": " sat on a mat"} for i in range(12)]
+    config = quiet(max_steps=10, accumulate=accumulate, warmup=0.0, schedule="constant")
+    model, tokenizer = lora.load(stories, quantize="nf4", dtype="float32", device=gpu)
+    found = {x.member: x for x in sweep(model, tokenizer, data, members=members, config=config).results}
+    assert "at step" in found[members[-1]].failed
+    for m in MEMBERS:
+        solo, _ = lora.load(stories, quantize="nf4", dtype="float32", device=gpu)
+        torch.manual_seed(m.seed)
+        lora.wrap(solo, r=m.r, alpha=m.alpha)
+        run = lora.fit(solo, tokenizer, data, config=config.replace(lr=m.lr, seed=m.seed))
+        want = [h["loss"] for h in run.history if "loss" in h]
+        assert found[m].losses == pytest.approx(want, abs=1e-3), m
+        assert want[-1] < want[0]
 
 
 def test_one_that_diverges_is_left_out_and_the_others_are_as_without_it(stories: Path) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from lora.batch import Example, Pack
-from lora.layer import Adapter, adapted
+from lora.layer import adapted, updates
 from lora.models.base import CausalLM
 
 LARGE_BATCH = 32  # rows to a step beyond which an adapter falls behind full fine-tuning
@@ -48,12 +48,7 @@ def warnings_for(model: nn.Module, examples: Sequence[Example | Pack], rows_a_st
     if method_of(model) != "lora":
         return []
     said = []
-    trained = [
-        a
-        for _, layer in adapted(model)
-        for a in layer.adapters.values()
-        if isinstance(a, Adapter) and a.a.requires_grad
-    ]
+    trained = [a for _, _, a in updates(model) if a.a.requires_grad]
     size = sum(a.a.numel() + a.b.numel() for a in trained)
     learned = sum(e.n_learned for e in examples)
     if trained and learned > size:

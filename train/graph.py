@@ -1,49 +1,64 @@
 """A batch's forward and backward as one CUDA graph: small batches are bound by launches, not by the GPU.
 
 A step of an 8B model over 512 tokens launches some 5,000 kernels: 320 ms from Python, 50 ms replayed (LOG.md).  A graph
-serves batches of one shape: the rows' number and length, and room for so many learned tokens; unused room counts 0.
-A shape is recorded when it comes the second time.  Gradients add up in the parameters' .grad, as without a graph.
+serves batches of one shape: the rows' number, their length and the number of learned tokens, both rounded up so that
+batches of like rows share one; what is unused counts 0.  A shape is recorded when it comes the second time.  All graphs
+share their memory, since one runs at a time.  Gradients add up in the parameters' .grad, as without a graph.
 """
 
 from collections import OrderedDict
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from lora.eval.nll import token_nll
+from lora.models.base import CausalLM
 from lora.render import Batch
 
 TOKENS = 8192  # of a batch, up to which launches matter: 2.7 % of a step at 8192 tokens of an 8B model
 RECORD = True  # False runs every batch kernel by kernel
-SHAPES = 4  # graphs held at once; each keeps its own memory
+SPARE = 1.1  # a graph is recorded where so many times its memory is free
+SHAPES = 16  # graphs held at once: a kernel of one takes a few KB of the card
+
+
+class Learned(NamedTuple):
+    """The learned tokens of a batch, each with its weight in the loss and which loss it counts to, (n,) each."""
+
+    at: Tensor
+    target: Tensor
+    weight: Tensor
+    member: Tensor
+
+
+def member_losses(model: nn.Module, batch: Batch, learned: Learned, members: int) -> tuple[Tensor, Tensor]:
+    """Σ weight * NLL of each member (members,), and how many learned tokens were the likeliest; gradients are added."""
+    nll, hit = token_nll(model, replace(batch, at=learned.at, target=learned.target, owner=learned.at))
+    nll = nll * learned.weight
+    if members == 1:
+        sums = [nll.sum()]
+    else:  # a sum for each: one that is not finite must not reach the others
+        sums = [torch.where(learned.member == i, nll, 0.0).sum() for i in range(members)]
+    torch.autograd.backward(sums)
+    return torch.stack([loss.detach() for loss in sums]), (hit & (learned.weight > 0)).sum()
 
 
 class _Recorded:
-    def __init__(self, model: nn.Module, batch: Batch, room: int) -> None:
-        device = batch.ids.device
+    def __init__(self, model: nn.Module, batch: Batch, learned: Learned, members: int, pool: Any) -> None:
         self.grads = _places(model)
-        self.ids = batch.ids.clone()
-        self.at = torch.zeros(room, dtype=torch.int64, device=device)
-        self.target = torch.zeros(room, dtype=torch.int64, device=device)
-        self.weight = torch.zeros(room, dtype=torch.float32, device=device)
+        self.batch = replace(batch, ids=batch.ids.clone())
+        self.learned = Learned(*(t.clone() for t in learned))
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            padded = Batch(self.ids, batch.real, self.at, self.target, self.at, batch.rows)
-            nll, hit = token_nll(model, padded)
-            loss = (nll * self.weight).sum()
-            loss.backward()
-            self.loss = loss.detach()
-            self.hits = (hit & (self.weight > 0)).sum()
+        with torch.cuda.graph(self.graph, pool=pool):
+            self.losses, self.hits = member_losses(model, self.batch, self.learned, members)
 
-    def run(self, batch: Batch, n: int) -> tuple[Tensor, Tensor]:
-        m = batch.target.numel()
-        self.ids.copy_(batch.ids)
-        self.at.zero_()[:m].copy_(batch.at)
-        self.target.zero_()[:m].copy_(batch.target)
-        self.weight.zero_()[:m].fill_(1 / n)
+    def run(self, batch: Batch, learned: Learned) -> tuple[Tensor, Tensor]:
+        self.batch.ids.copy_(batch.ids)
+        for mine, theirs in zip(self.learned, learned, strict=True):
+            mine.copy_(theirs)
         self.graph.replay()
-        return self.loss, self.hits
+        return self.losses, self.hits
 
 
 class Graphs:
@@ -53,40 +68,66 @@ class Graphs:
         self.model: Any = model
         self.seen: set[tuple[int, ...]] = set()
         self.graphs: OrderedDict[tuple[int, ...], _Recorded] = OrderedDict()
+        self.pool: Any = None
+        self.held = 0  # bytes that recording took
 
     def run(self, batch: Batch, n: int) -> tuple[Tensor, Tensor]:
         """Σ NLL / n and the number of learned tokens that were the likeliest, () each; gradients are added.
 
         The tensors are the graph's own: read or copy them before the next call.
         """
-        key = (*batch.ids.shape, _room(batch.target.numel()))
-        small = batch.ids.is_cuda and batch.ids.numel() <= TOKENS and batch.documents is None
-        if RECORD and small and key in self.seen and _recordable(self.model):
+        if not self._is_small(batch):
+            nll, hit = token_nll(self.model, batch)
+            loss = nll.sum() / n
+            loss.backward()
+            return loss.detach(), hit.sum()
+        weight = torch.full_like(batch.target, 1 / n, dtype=torch.float32)
+        losses, hits = self.run_members(batch, weight, torch.zeros_like(batch.target), 1)
+        return losses[0], hits
+
+    def run_members(self, batch: Batch, weight: Tensor, member: Tensor, members: int) -> tuple[Tensor, Tensor]:
+        """`run` with several losses (members,): learned token i adds weight[i] NLL_i to loss member[i]."""
+        if not self._is_small(batch):
+            learned = Learned(batch.at, batch.target, weight, member)
+            return member_losses(self.model, batch, learned, members)
+        batch = _widened(batch, self.model.config.max_length)
+        learned = Learned(batch.at, batch.target, weight, member)
+        # unused room counts 0; a batch that is not recorded has it too, so that it gives the same bits as one that is
+        room = _room(batch.target.numel())
+        learned = Learned(*(nn.functional.pad(t, (0, room - t.numel())) for t in learned))
+        key = (*batch.ids.shape, room, members)
+        if RECORD and key in self.seen and _recordable(self.model):
             recorded = self.graphs.get(key)
             if recorded and recorded.grads != _places(self.model):  # it would add to memory that is others' now
                 del self.graphs[key]
                 recorded = None
-            recorded = recorded or self._record(key, batch)
+            recorded = recorded or self._record(key, batch, learned)
             if recorded:
                 self.graphs.move_to_end(key)
-                return recorded.run(batch, n)
+                return recorded.run(batch, learned)
         self.seen.add(key)
-        nll, hit = token_nll(self.model, batch)
-        loss = nll.sum() / n
-        loss.backward()
-        return loss.detach(), hit.sum()
+        return member_losses(self.model, batch, learned, members)
 
-    def _record(self, key: tuple[int, ...], batch: Batch) -> _Recorded | None:
+    def _is_small(self, batch: Batch) -> bool:
+        ours = isinstance(self.model, CausalLM)  # whose attention never looks at padding on the right
+        return ours and batch.ids.is_cuda and batch.ids.numel() <= TOKENS and batch.documents is None
+
+    def _record(self, key: tuple[int, ...], batch: Batch, learned: Learned) -> _Recorded | None:
         """The graph of a new shape; None where its memory does not fit beside what is there."""
         if None in _places(self.model):  # a gradient born in a graph would be lost with the next step
             return None
         if len(self.graphs) == SHAPES:
             self.graphs.popitem(last=False)
         torch.cuda.empty_cache()  # a graph has memory of its own: what the step without it used is of no use to it
-        free, _ = torch.cuda.mem_get_info(batch.ids.device)
-        if free < 1.1 * self.model.keeping.needs(batch.ids.numel(), self.model.place()[1].itemsize):
+        driver, _ = torch.cuda.mem_get_info(batch.ids.device)
+        free, keeping = driver, self.model.keeping
+        if keeping.budget is not None:
+            free = min(free, keeping.budget - torch.cuda.memory_allocated(batch.ids.device))
+        if free + self.held < SPARE * keeping.needs(batch.ids.numel(), self.model.place()[1].itemsize):
             return None
-        self.graphs[key] = _Recorded(self.model, batch, key[-1])
+        self.pool = self.pool or torch.cuda.graph_pool_handle()
+        self.graphs[key] = _Recorded(self.model, batch, learned, key[-1], self.pool)
+        self.held += max(0, driver - torch.cuda.mem_get_info(batch.ids.device)[0])
         return self.graphs[key]
 
 
@@ -100,7 +141,17 @@ def _places(model: nn.Module) -> list[int | None]:
     return [None if p.grad is None else p.grad.data_ptr() for p in model.parameters() if p.requires_grad]
 
 
+def _widened(batch: Batch, limit: int) -> Batch:
+    """The batch with its rows padded on the right to one of few lengths."""
+    T = batch.ids.shape[1]
+    more = min(_room(T), limit) - T
+    if more <= 0:
+        return batch
+    ids, real = (nn.functional.pad(t, (0, more)) for t in (batch.ids, batch.real))
+    return replace(batch, ids=ids, real=real, at=batch.at + batch.at // T * more)
+
+
 def _room(n: int) -> int:
-    """Learned tokens that a graph for n of them has room for: the next of 1, 1.25, 1.5, 1.75 times a power of two."""
+    """Room for n tokens: the next of 1, 1.25, 1.5, 1.75 times a power of two, or of the multiples of 16."""
     step = max(16, 1 << max(0, (n - 1).bit_length() - 3))
     return -(-n // step) * step

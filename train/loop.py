@@ -22,14 +22,14 @@ from lora.eval.evaluate import evaluate
 from lora.eval.report import write_report
 from lora.files import refuse_filled, write_text
 from lora.kernels.scratch import keep_pages
-from lora.layer import Adapter, adapted
+from lora.layer import adapted, updates
 from lora.models.base import Model, refuse_encoder
 from lora.models.budget import parse_bytes
 from lora.models.llama import Llama
 from lora.models.save import save_pretrained
 from lora.models.tokenizer import Tokenizer
 from lora.rows import Data, Row
-from lora.store import save
+from lora.save import save
 from lora.train.advice import default_lr, warnings_for
 from lora.train.batches import steps_per_epoch
 from lora.train.certificate import (
@@ -145,16 +145,11 @@ def prepare(model: nn.Module, tokenizer: Tokenizer, train: Data, valid: Data | N
         config = config.replace(lr=default_lr(model))
     per_epoch = steps_per_epoch(len(examples), config.batch, config.accumulate)
     steps = config.max_steps or max(1, math.ceil(config.epochs * per_epoch))
-    fast = {id(a.b) for _, layer in adapted(model) for a in layer.adapters.values() if isinstance(a, Adapter)}
+    fast = {id(a.b) for _, _, a in updates(model)}
     if config.lora_plus != 1.0 and not any(id(p) in fast for p in trainable):
         raise ValueError(f"lora_plus={config.lora_plus} is the learning rate of adapters' B, and no adapter trains")
     names = [[n, list(p.shape), str(p.dtype)] for n, p in model.named_parameters() if p.requires_grad]
-    adapters = [
-        [n, name, a.scale, a.dropout]
-        for n, layer in adapted(model)
-        for name, a in layer.adapters.items()
-        if isinstance(a, Adapter)
-    ]
+    adapters = [[n, name, a.scale, a.dropout] for n, name, a in updates(model)]
     identity = {
         "config": dataclasses.asdict(config),
         "steps": steps,

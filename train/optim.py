@@ -25,7 +25,8 @@ class AdamW:
     """Takes over the storage of its parameters.  A step is gather, clip (or not), step, zero_grad.
 
     `bits` are those of one moment: 32, or 8, which keeps 2 bytes a parameter instead of 8.  `ratio` gives what a
-    parameter's learning rate is multiplied by.
+    parameter's learning rate is multiplied by.  `buffers` are memory (n,) to use for the weights and their gradients,
+    where those lie there already, in this order.
     In a CUDA graph: capture `update`, and call `advance` before each replay.
     """
 
@@ -38,6 +39,7 @@ class AdamW:
         weight_decay: float = 0.0,
         bits: int = 32,
         ratio: Callable[[nn.Parameter], float] | None = None,
+        buffers: tuple[Tensor, Tensor] | None = None,
     ) -> None:
         params = [p for p in parameters if p.requires_grad]
         if not params:
@@ -59,8 +61,11 @@ class AdamW:
             self.groups.append((value, slice(start, n)))
         params = [p for group in members.values() for p in group]
         device = params[0].device
-        self.w = torch.zeros(n, dtype=torch.float32, device=device)
-        self.grad = torch.zeros_like(self.w)
+        if buffers and any(t.shape != (n,) or t.dtype != torch.float32 for t in buffers):
+            raise ValueError(
+                f"buffers of {[tuple(t.shape) for t in buffers]}: these parameters need two of ({n},) float32"
+            )
+        self.w, self.grad = buffers or (torch.zeros(n, dtype=torch.float32, device=device) for _ in range(2))
         self.m, self.v = (_moment(n, bits, signed, device) for signed in (True, False))
         self.shapes = [list(p.shape) for p in params]
         self.hyper = torch.zeros(len(self.groups), 3, dtype=torch.float32, device=device)

@@ -8,7 +8,7 @@ import json
 import math
 import signal
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,26 @@ from lora.train.optim import AdamW
 from lora.train.schedule import learning_rate
 
 PAD = 0  # never looked at: attention is causal and padding stands on the right
+
+
+class Ahead:
+    """Batches of optimizer steps, collated one step before they are taken."""
+
+    def __init__(self, groups: Iterator[Sequence[Sequence[Example | Pack]]]) -> None:
+        self.groups = groups
+        self.ready: list[Batch] | None = None
+
+    def look(self) -> None:
+        """Makes the next step's batches, where there is one."""
+        group = next(self.groups, None)
+        self.ready = None if group is None else [collate(part, PAD) for part in group]
+
+    def take(self) -> list[Batch] | None:
+        """The next step's batches, None behind the last."""
+        if self.ready is None:
+            self.look()
+        ready, self.ready = self.ready, None
+        return ready
 
 
 @dataclass
@@ -87,10 +107,11 @@ class Steps:
             if write and config.save_every and not self.progress.step:
                 self.checkpoint(log)
             groups = endless(self.examples, config.batch, config.accumulate, config.seed)
-            for _, group in itertools.islice(groups, self.progress.step, last):
+            coming = Ahead(group for _, group in itertools.islice(groups, self.progress.step, last))
+            while (collated := coming.take()) is not None:
                 if write and config.patience and self.progress.stale >= config.patience:
                     break
-                entry = self.step(group)
+                entry = self.take(collated, coming.look)
                 self.progress.wall = before + time.perf_counter() - begin
                 if entry is None:
                     raise self._leave(log, write)
@@ -118,11 +139,18 @@ class Steps:
 
     # ---- one step ----
     def step(self, group: Sequence[Sequence[Example | Pack]]) -> dict[str, Any] | None:
-        """One optimizer step; returns its line of the log, or None where a signal broke it off and nothing changed."""
+        """One optimizer step on these batches. See `take`."""
+        return self.take([collate(part, PAD) for part in group])
+
+    def take(self, collated: Sequence[Batch], meanwhile: Callable[[], None] = lambda: None) -> dict[str, Any] | None:
+        """One optimizer step; returns its line of the log, or None where a signal broke it off and nothing changed.
+
+        `meanwhile` is called while the device computes: the host has nothing else to do then.
+        """
         begin, config, optimizer, p = time.perf_counter(), self.config, self.optimizer, self.progress
         before = random_states(self.device)
-        micro = [collate(part, PAD).to(self.device) for part in group]
-        n = sum(b.target.numel() for b in micro)
+        tokens, n = (sum(count) for count in zip(*((b.n_tokens, b.target.numel()) for b in collated), strict=True))
+        micro = [b.to(self.device) for b in collated]
         losses, hits = torch.zeros((), device=self.device), torch.zeros((), dtype=torch.int64, device=self.device)
         for b in micro:
             if self.signals.got is not None and b is not micro[0]:
@@ -134,8 +162,10 @@ class Steps:
         optimizer.gather()
         if self.scale.on:
             optimizer.grad.mul_(1 / self.scale.value)
+        numbers = torch.stack((losses, optimizer.clip(config.clip).to(losses), hits.to(losses)))
+        meanwhile()
         # the step's only wait for the device: whether it may be taken depends on these numbers
-        loss, norm, hits_seen = torch.stack((losses, optimizer.clip(config.clip).to(losses), hits.to(losses))).tolist()
+        loss, norm, hits_seen = numbers.tolist()
         lr = learning_rate(p.step, self.steps, config.lr or 0.0, config.warmup, config.schedule, config.decay)
         if math.isfinite(loss) and not math.isfinite(norm) and self.scale.on:
             self.scale.overflowed()  # the step is left out, as float16 asks for now and then
@@ -146,7 +176,7 @@ class Steps:
             optimizer.step(lr)
             self.scale.went_well()
         optimizer.zero_grad()
-        tokens, took = sum(b.n_tokens for b in micro), time.perf_counter() - begin
+        took = time.perf_counter() - begin
         p.step, p.tokens = p.step + 1, p.tokens + tokens
         p.seconds, p.loss_sum = p.seconds + took, p.loss_sum + loss
         entry = {

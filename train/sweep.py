@@ -1,7 +1,8 @@
 """Several adapters trained at once on one frozen base: each has its own learning rate, rank, alpha, seed and rows.
 
 The rows of all members stand in one batch, so the base is decoded and multiplied once for all of them; an adapter acts
-on its own rows alone (`lora.layer.ByRow`), and has its own loss, clipping, schedule and optimizer.  Rows do not see
+on its own rows alone (`lora.layer.ByRow`), and has its own loss, clipping, schedule and optimizer.  On a GPU the
+products of all adapters of a layer are one (`stack.py`), and the batch is a CUDA graph.  Rows do not see
 each other, so each member learns what it would have learned alone, up to rounding.
 Prior art: mLoRA, arXiv:2312.02515; the memory of K solo runs becomes one base and K small states.
 """
@@ -10,32 +11,37 @@ import itertools
 import json
 import math
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from lora.adapter import ByRow
 from lora.config import LoRAConfig
-from lora.eval.nll import row_nll, token_nll
+from lora.eval.nll import row_nll
 from lora.files import refuse_filled, write_text
 from lora.kernels.scratch import keep_pages
-from lora.layer import ByRow, LoRALinear, adapted
+from lora.layer import LoRALinear, adapted
 from lora.models.base import refuse_encoder
+from lora.models.llama import FUSED
 from lora.models.tokenizer import Tokenizer
 from lora.render import collate
 from lora.rows import Data
-from lora.store import save
+from lora.save import save
 from lora.train.batches import endless, steps_per_epoch
 from lora.train.config import TrainConfig
 from lora.train.data import prepare
+from lora.train.graph import Graphs, Learned, member_losses
 from lora.train.guard import Divergence
 from lora.train.loss import recomputed
 from lora.train.optim import AdamW
 from lora.train.plot import write_curves
 from lora.train.schedule import learning_rate
+from lora.train.stack import Stack
 from lora.wrap import activate, wrap
 
 _FIXED = (
@@ -133,10 +139,10 @@ def sweep(
     steps = config.max_steps or max(
         1, math.ceil(config.epochs * steps_per_epoch(len(examples), config.batch, config.accumulate))
     )
-    optimizers = _optimizers(model, members, config, targets)
+    stack, optimizers = _optimizers(model, members, config, targets)
     keep_pages()
     begin = time.perf_counter()
-    results = _train(model, examples, members, optimizers, steps, config)
+    results = _train(model, examples, members, stack, optimizers, steps, config)
     for x in results:
         if held_out and not x.failed:
             activate(model, x.member.name)
@@ -158,7 +164,7 @@ def sweep(
 
 def _optimizers(
     model: nn.Module, members: Sequence[Member], config: TrainConfig, targets: str | Sequence[str]
-) -> list[AdamW]:
+) -> tuple[Stack, list[AdamW]]:
     """Puts the adapters on the model, each begun as alone with its seed, and gives each its optimizer."""
     where = targets if isinstance(targets, str) else tuple(targets)
     for m in members:
@@ -167,27 +173,28 @@ def _optimizers(
     layers = [layer for _, layer in adapted(model)]
     if not all(isinstance(layer, LoRALinear) for layer in layers):
         raise ValueError("a sweep trains adapters of linear layers only; leave embeddings out of targets")
-    made = []
-    for m in members:
-        own = [p for layer in layers for p in layer.adapters[m.name].parameters()]
-        for p in own:
-            p.requires_grad_(True)
-        made.append(
-            AdamW(
-                own,
-                betas=(config.beta1, config.beta2),
-                eps=config.eps,
-                weight_decay=config.weight_decay,
-                bits=config.optim_bits,
-            )
+    for layer in layers:
+        layer.adapters.requires_grad_(True)
+    stack = Stack(layers, [m.name for m in members])
+    made = [
+        AdamW(
+            stack.members[i],
+            betas=(config.beta1, config.beta2),
+            eps=config.eps,
+            weight_decay=config.weight_decay,
+            bits=config.optim_bits,
+            buffers=stack.buffers(i),
         )
-    return made
+        for i in range(len(members))
+    ]
+    return stack, made
 
 
 def _train(
     model: nn.Module,
     examples: Sequence[Any],
     members: Sequence[Member],
+    stack: Stack,
     optimizers: Sequence[AdamW],
     steps: int,
     config: TrainConfig,
@@ -195,45 +202,65 @@ def _train(
     results = [Result(m, []) for m in members]
     watches = [Divergence(model.config.vocab_size) for _ in members]  # type: ignore[union-attr,arg-type]
     orders = [endless(examples, config.batch, config.accumulate, m.seed) for m in members]
-    layers = [layer for _, layer in adapted(model)]
-    device = optimizers[0].w.device
+    graphs, device = Graphs(model), optimizers[0].w.device
     model.train()
     try:
-        with recomputed(model, config.recompute):
+        with recomputed(model, config.recompute), warnings.catch_warnings():
+            # that a stack's factors lie apart is meant: each adapter's are one run of memory
+            warnings.filterwarnings("ignore", message="grad and param do not obey the gradient layout contract")
             for step in range(steps):
                 groups = [next(order)[1] for order in orders]
                 live = [k for k, x in enumerate(results) if not x.failed]
                 if not live:
                     break
-                counts = {k: sum(collate(part).target.numel() for part in groups[k]) for k in live}
-                losses = dict.fromkeys(live, 0.0)
-                for parts in zip(*(groups[k] for k in live), strict=True):
-                    ends = list(itertools.accumulate(len(part) for part in parts))
-                    for layer in layers:
-                        adapters = [layer.adapters[members[k].name] for k in live]
-                        layer.by_row = ByRow(list(zip(adapters, [0, *ends[:-1]], ends, strict=True)))
-                    b = collate([e for part in parts for e in part]).to(device)
-                    nll, _ = token_nll(model, b)
-                    member = torch.bucketize(b.owner, torch.tensor(ends, device=device), right=True)
-                    # a sum for each member: one that is not finite must not reach the others
-                    sums = [nll[member == i].sum() / counts[k] for i, k in enumerate(live)]
-                    torch.autograd.backward(sums)
-                    for k, value in zip(live, sums, strict=True):
-                        losses[k] += value.item()
+                counts = [sum(sum(e.learned[1:]) for part in group for e in part) for group in groups]
+                losses = torch.zeros(len(members), device=device)
+                for parts in zip(*groups, strict=True):
+                    losses += _batch(graphs, stack, parts, live, counts)
                 for k in live:
-                    _step(optimizers[k], results[k], watches[k], losses[k], step, steps, config)
+                    optimizers[k].gather()
+                norms = torch.stack([optimizers[k].clip(config.clip) for k in live])
+                numbers = torch.stack((losses[live], norms)).T.tolist()  # the step's only wait for the device
+                for k, (loss, norm) in zip(live, numbers, strict=True):
+                    _step(optimizers[k], results[k], watches[k], loss, norm, step, steps, config)
+                stack.grad.zero_()
     finally:
-        for layer in layers:
+        for layer in stack.layers:
             layer.by_row = None
+        stack.release()
     return results
 
 
+def _batch(
+    graphs: Graphs, stack: Stack, parts: Sequence[Sequence[Any]], live: Sequence[int], counts: Sequence[int]
+) -> Tensor:
+    """Adds the gradients of one batch of every member of `live`; their shares of the loss (members,).
+
+    On a GPU, rows of those that failed run on and count nothing: the batch keeps its shape, and so its graph.
+    """
+    device = stack.w.device
+    alike = len({len(part) for part in parts}) == 1
+    who = range(len(parts)) if alike and device.type in FUSED else live
+    rows = [e for k in who for e in parts[k]]
+    ends = list(itertools.accumulate(len(parts[k]) for k in who))
+    for layer, low in zip(stack.layers, stack.lows, strict=True):
+        adapters = [layer.adapters[stack.names[k]] for k in who]
+        together = low if len(who) == len(parts) and alike else None
+        layer.by_row = ByRow(list(zip(adapters, [0, *ends[:-1]], ends, strict=True)), together)
+    b = collate(rows)
+    place = torch.bucketize(b.owner, torch.tensor(ends), right=True)
+    member = torch.tensor(list(who))[place]  # (n,)
+    share = torch.tensor([1 / counts[k] if k in live else 0.0 for k in range(len(parts))])[member]
+    b, share, member = b.to(device), share.to(device), member.to(device)
+    if alike:
+        return graphs.run_members(b, share, member, len(parts))[0]
+    return member_losses(graphs.model, b, Learned(b.at, b.target, share, member), len(parts))[0]
+
+
 def _step(
-    optimizer: AdamW, x: Result, watch: Divergence, loss: float, step: int, steps: int, config: TrainConfig
+    optimizer: AdamW, x: Result, watch: Divergence, loss: float, norm: float, step: int, steps: int, config: TrainConfig
 ) -> None:
     """One member's step; marks it as failed instead where its numbers are no good."""
-    optimizer.gather()
-    norm = optimizer.clip(config.clip).item()
     lr = learning_rate(step, steps, x.member.lr, config.warmup, config.schedule, config.decay)
     x.losses.append(loss)
     if not (math.isfinite(loss) and math.isfinite(norm)):
@@ -245,4 +272,3 @@ def _step(
         x.failed = f"diverged at step {step + 1}"
         return
     optimizer.step(lr)
-    optimizer.zero_grad()

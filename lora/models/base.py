@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from lora.kernels.dispatch import on_gpu
 from lora.kernels.documents import document_attention
 from lora.models.documents import Documents
 
@@ -243,7 +244,7 @@ def attention(
     if isinstance(mask, Documents):
         return document_attention(q, k, v, mask.lengths, window=mask.window, scale=scale, softcap=softcap)
     groups = q.shape[1] // k.shape[1]
-    if q.is_cuda and softcap is None and mask is None:
+    if on_gpu(q) and softcap is None and mask is None:
         with sdpa_kernel(BACKENDS, set_priority=True):
             return nn.functional.scaled_dot_product_attention(
                 q, k, v, is_causal=q.shape[2] > 1, scale=scale, enable_gqa=groups > 1

@@ -1,23 +1,37 @@
-"""What each block of a training step keeps, by the memory that is free: all it can on the GPU, the rest on the host.
+"""What a training step takes on a GPU, tensor by tensor, and what each block keeps so that it fits.
 
-A block of M tokens whose widths are d (states), q (queries, keys and values), a (attention's output), f (the gate's)
-keeps M (2 d + q + a + 2 f) values of "all", and nothing but M / 1000 of "host" (fused.py).  On an H100 with an 8B
-model a block kept whole saves 2.8 ms of 600 for 0.77 GiB, while "no_gate" saves 0.25 ms for 0.28 GiB: so blocks are
-kept whole or not at all.  The last blocks are kept, since their turn in the backward comes first.
-Source: figures of benchmarks/bench_step.py in LOG.md.
+The account of fused.py's step, in bytes, for M tokens.  Over the step lie the kept states of the blocks and the
+reused buffers; on top of them comes one of these moments, the largest of which makes the peak:
+    forward    of a block: its states, W_o's output, y
+    head       a chunk of logits, the states before it, their gradient
+    backward   of a block: dy, what is fetched or made again, and dh (MLP), or dq, dk, dv and cuDNN's own (attention)
+What a block keeps (fused.KEEPS): the last blocks "all", since their turn in the backward comes first, the others
+"host", or "input_host" where two blocks' states are too much.  On an H100 with an 8B model a block kept whole saves
+2.8 ms of 600 for 0.77 GiB, while "no_gate" saves 0.25 ms for 0.28 GiB: so blocks are kept whole or not at all.
+Source: read off fused.py and fold.py; held to a dry run by the tests, to measured peaks by benchmarks/bench_plan.py.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from lora.kernels.cross_entropy import BUDGET_GPU
+from lora.kernels.cross_entropy import chunk_rows
 from lora.kernels.fold import ROOM
+from lora.kernels.scratch import mine
+from lora.layer import LoRALinear
 from lora.models.host import Host
 
 MARGIN = 0.03  # of the card, for what nobody counts: fragments, libraries' workspaces
+CUBLAS = 2 * 32 * 2**20  # its workspaces on Hopper: for the thread of the forward, and for that of the backward
+LAYERS = (  # of a block, by the product that they share; Phi-3 stores two of them as one layer
+    ("q_proj", "k_proj", "v_proj", "qkv_proj"),
+    ("o_proj",),
+    ("gate_proj", "up_proj", "gate_up_proj"),
+    ("down_proj",),
+)
 
 
 class Widths(NamedTuple):
@@ -28,32 +42,199 @@ class Widths(NamedTuple):
     attended: int
     gate: int
     blocks: int
+    heads: int = 1  # of queries
+    vocab: int = 0  # logits a learned token
+    ranks: tuple[int, ...] = (0, 0, 0, 0)  # summed over the layers of each product
+    biased: tuple[bool, ...] = (False, False, False, False)
+    turned: int = 0  # q and k behind norms of their own, where they have them
+    behind: bool = False  # norms behind W_o and W_d
 
-    def kept(self) -> int:
-        """Values a token that a block keeps of "all"."""
-        return 2 * self.states + self.qkv + self.attended + 2 * self.gate + ROOM
+    @property
+    def own(self) -> int:
+        """Values that "host" sends away, and "all" keeps beside the gate: x, q k v, attention's output, s."""
+        return (2 + self.behind) * self.states + self.qkv + self.turned + self.attended
 
-    def working(self) -> int:
-        """Values a token that a step needs however little it keeps: one block's backward, and the states around it."""
-        reused = self.gate + 2 * self.states + self.qkv + 4 * ROOM
-        # of attention's backward: gradients of q, k, v, and float32 sums and per-head copies inside cuDNN
-        attention = 2 * self.qkv + 5 * self.attended
-        sending = 3 * (self.states + self.qkv + self.attended)  # copies to the host that are still under way
-        return reused + self.kept() + max(2 * self.gate, attention) + sending + 4 * self.states
+    @property
+    def rooms(self) -> list[int]:
+        """Columns that updates and biases add to each product (fold.Group.room)."""
+        return [-(-(r + b) // ROOM) * ROOM for r, b in zip(self.ranks, self.biased, strict=True)]
+
+    @property
+    def shapes(self) -> list[tuple[int, int]]:
+        """(N, K) of each product's weight."""
+        D, Q, HD, F = self.states, self.qkv, self.attended, self.gate
+        return [(Q, D), (D, HD), (2 * F, D), (D, F)]
+
+    @property
+    def factors(self) -> int:
+        """Values of a block's low-rank factors, at least: a layer's own N counts each column of B."""
+        D, Q, HD, F = self.states, self.qkv, self.attended, self.gate
+        r = self.ranks
+        return r[0] * (D + Q // 3) + r[1] * (D + HD) + r[2] * (D + F) + r[3] * (D + F)
 
 
-def fixed_bytes(widths: Widths, tokens: int, itemsize: int) -> int:
-    """Bytes that a step takes beside the model however little its blocks keep."""
-    decoded = (2 * widths.gate + ROOM) * (widths.states + ROOM)  # of the largest weight
-    return (tokens * widths.working() + decoded) * itemsize + 2 * BUDGET_GPU
+def widths_of(config: Any, model: Any = None) -> Widths:
+    """Of a model of Llama's blocks, with the ranks of its active adapters."""
+    c = config
+    qkv = (c.num_heads + 2 * c.num_kv_heads) * c.head_dim
+    biased = (c.attention_bias, c.output_bias, c.mlp_bias, c.mlp_bias)
+    block: Any = model.model.layers[0] if model is not None else None
+    behind = hasattr(block, "post_feedforward_layernorm")
+    norm = getattr(getattr(block, "self_attn", None), "q_norm", None)
+    normed = norm is not None and not isinstance(norm, nn.Identity)
+    ranks = [0, 0, 0, 0]
+    for block in model.model.layers if model is not None else ():
+        mine = [0, 0, 0, 0]
+        for name, layer in block.named_modules():
+            if isinstance(layer, LoRALinear):
+                which = next((i for i, names in enumerate(LAYERS) if name.rpartition(".")[2] in names), None)
+                if which is not None:
+                    mine[which] += sum(a.r for a in layer.on() if hasattr(a, "r"))
+        ranks = [max(a, b) for a, b in zip(ranks, mine, strict=True)]
+    return Widths(
+        c.hidden_size, qkv, c.num_heads * c.head_dim, c.intermediate_size, c.num_layers, c.num_heads, c.vocab_size,
+        tuple(ranks), biased, (c.num_heads + c.num_kv_heads) * c.head_dim if normed else 0, behind,
+    )  # fmt: skip
 
 
-def keep_on_gpu(widths: Widths, tokens: int, itemsize: int, free: int) -> list[str]:
-    """What each block keeps when `free` bytes may be used for a step over `tokens` tokens."""
-    block = tokens * widths.kept() * itemsize
-    whole = (free - fixed_bytes(widths, tokens, itemsize)) // block
-    whole = max(0, min(widths.blocks, whole))
-    return ["host"] * (widths.blocks - whole) + ["all"] * whole
+# ---- the account ----
+def kept_bytes(w: Widths, keep: str, M: int, itemsize: int) -> int:
+    """On the GPU, of one block, from its forward to its backward."""
+    whole = w.own + 2 * w.gate + w.rooms[2] + w.behind * w.states
+    values = {"all": whole, "no_gate": w.own, "input": w.states}.get(keep, 0)
+    rows = 0 if keep.startswith("input") else _rows(w)
+    return M * (itemsize * (values + sum(w.ranks)) + rows)
+
+
+def _rows(w: Widths) -> int:
+    """Bytes a token of float32 numbers of a pass: attention's log-sums, the norms' r."""
+    D = w.attended // w.heads
+    return 4 * (w.heads + 2 + 2 * w.behind + w.turned // D)
+
+
+def host_bytes(w: Widths, keep: str, M: int, itemsize: int) -> int:
+    """In pinned memory of the host, of one block."""
+    values = {"host": w.own, "input_host": w.states}.get(keep, 0)
+    return M * itemsize * values
+
+
+def reused_bytes(w: Widths, M: int, itemsize: int, backward: bool = True) -> int:
+    """Buffers that one block after the other writes anew, and that stay; without `backward`, the forward's alone."""
+    g, shapes = w.rooms, w.shapes
+    weight = max(max(N * (K + room), (N + room) * K) for (N, K), room in zip(shapes, g, strict=True))
+    rows = max(K + room for (_, K), room in zip(shapes, g, strict=True))
+    if not backward:
+        return itemsize * (weight + M * rows)
+    b = max(N * room for (N, _), room in zip(shapes, g, strict=True))
+    behind = w.behind * (w.states + max(g[1], g[3]))
+    return itemsize * (weight + b + M * (rows + w.states + g[1] + w.qkv + g[0] + behind))
+
+
+def attention_bytes(w: Widths, M: int, itemsize: int) -> int:
+    """Of attention's backward, inside cuDNN: dq in float32, and dk and dv of each query head before they are summed."""
+    grouped = w.qkv < 3 * w.attended
+    return M * (4 * w.attended + 2 * itemsize * w.attended * grouped + 4 * w.heads)
+
+
+def _forward_bytes(w: Widths, keep: str, M: int, itemsize: int) -> int:
+    """Beside what blocks before this one keep."""
+    states = max(kept_bytes(w, keep, M, itemsize), kept_bytes(w, "all", M, itemsize))
+    return states + M * itemsize * w.states
+
+
+def logit_rows(w: Widths, itemsize: int, learned: int) -> int:
+    """Rows of logits that are there at once."""
+    return min(learned, chunk_rows(w.vocab, itemsize)) if w.vocab else 0
+
+
+def head_bytes(w: Widths, M: int, itemsize: int, learned: int) -> int:
+    """Beside what blocks keep: the last states, those that are learned from, their gradient, a chunk of logits."""
+    rows = logit_rows(w, itemsize, learned)
+    norm = 8 * M * w.states if w.behind else 4 * M  # the last norm: Gemma's keeps two float32 copies, others r
+    return itemsize * (w.states * (M + 2 * learned + rows) + rows * w.vocab) + norm + 9 * learned
+
+
+def _backward_bytes(w: Widths, keep: str, M: int, itemsize: int, last: bool, first: bool, attention: int) -> int:
+    """Beside what this block and those before it keep; `last` and `first` of the forward."""
+    D, Q, HD, F = w.states, w.qkv, w.attended, w.gate
+    g, r = w.rooms, w.ranks
+    gate = 2 * F + g[2]
+    again = gate + w.behind * D  # and W_d's output, where a norm stands behind it
+    there = {"all": 0, "no_gate": again, "input": w.own - D + again}.get(keep, w.own + again)
+    ahead = 0 if first else {"host": w.own, "input_host": D}.get(keep, 0)  # of the block that is next
+    dy = (0 if w.behind else D + g[3]) + (D if last or w.behind else 0)
+    mlp = D + r[2] + r[3] - w.behind * D
+    if w.behind and keep != "all":  # while W_d's output goes through its norm a second time
+        mlp = max(mlp, D)
+    turn = HD + r[1] + Q + w.turned - gate - w.behind * D
+    end = D + (D + g[3]) + r[0] - gate - w.behind * D
+    values = dy + there + ahead
+    rows = _rows(w) if keep.startswith("input") else 0
+    part = 4 * (r[3] * (D + F) + r[2] * F)  # gradients of factors in float32, as far as they are made then
+    whole = 4 * w.factors
+    most = max(itemsize * M * mlp + part, itemsize * M * turn + attention + whole, itemsize * M * end + whole)
+    return itemsize * M * values + most + M * rows
+
+
+class Account(NamedTuple):
+    """Bytes of a step on the GPU, beside the model and the optimizer."""
+
+    kept: int  # states of blocks that are there at the peak
+    reused: int  # buffers of kernels/scratch.py
+    moment: str  # when the peak is: forward, head or backward
+    working: int  # what that moment takes on top
+    chunk: int  # of logits, part of it where the moment is the head
+
+    @property
+    def total(self) -> int:
+        return self.kept + self.reused + self.working
+
+
+def account(
+    w: Widths, keep: Sequence[str], M: int, itemsize: int, learned: int | None = None, attention: int | None = None
+) -> Account:
+    """Of a step over M tokens, `learned` of them.
+
+    `keep` is a word of fused.KEEPS for each block; `attention` what a library's backward takes, by default cuDNN's.
+    """
+    attention = attention_bytes(w, M, itemsize) if attention is None else attention
+    below, last = 0, len(keep) - 1
+    moments: list[tuple[int, int, str]] = []  # kept, working, which
+    for i, word in enumerate(keep):
+        moments.append((below, _forward_bytes(w, word, M, itemsize), "forward"))
+        below += kept_bytes(w, word, M, itemsize)
+        moments.append((below, _backward_bytes(w, word, M, itemsize, i == last, i == 0, attention), "backward"))
+    moments.append((below, head_bytes(w, M, itemsize, M if learned is None else learned), "head"))
+    kept, working, moment = max(moments, key=lambda m: m[0] + m[1])
+    chunk = itemsize * w.vocab * logit_rows(w, itemsize, M if learned is None else learned)
+    return Account(kept, reused_bytes(w, M, itemsize), moment, working, chunk)
+
+
+def sending_bytes(w: Widths, M: int, itemsize: int) -> int:
+    """Freed memory that copies to the host still read: not a tensor's any more, and nobody else's yet."""
+    return M * itemsize * 3 * (w.own - w.states)
+
+
+# ---- the choice ----
+def keep_on_gpu(
+    w: Widths, M: int, itemsize: int, free: int, learned: int | None = None, room: int | None = None
+) -> list[str]:
+    """What each block keeps when tensors of a step over M tokens may take `free` bytes, and all of it `room`."""
+
+    def fits(keep: list[str]) -> bool:
+        need = account(w, keep, M, itemsize, learned).total
+        return need <= free and (room is None or need + ("host" in keep) * sending_bytes(w, M, itemsize) <= room)
+
+    low, high = 1, w.blocks  # blocks kept whole: the last one's states would come back as soon as they are sent
+    if not fits(["host"] * (w.blocks - 1) + ["all"]):
+        return ["input_host"] * (w.blocks - 1) + ["input"]
+    while low < high:
+        middle = (low + high + 1) // 2
+        if fits(["host"] * (w.blocks - middle) + ["all"] * middle):
+            low = middle
+        else:
+            high = middle - 1
+    return ["host"] * (w.blocks - low) + ["all"] * low
 
 
 def free_bytes(device: torch.device, limit: int | None = None) -> int:
@@ -71,34 +252,49 @@ class Keeping:
         keep: a word of `fused.KEEPS` for all blocks, or one for each; None goes by what is free
         budget: bytes that tensors may take on the GPU in all; None is what is free
         recordable: whether the last step ran fused with all kept on the GPU, and so fits a CUDA graph
+        compute: what the frozen base's products run in, "bf16" for the dtype of the states, or "fp8"
+        said: how the last step's blocks ran, and why; "" before the first
+        scales8: scales of weights in 8 bits
     """
 
-    def __init__(self, config: Any) -> None:
-        c = config
-        heads = (c.num_heads + 2 * c.num_kv_heads) * c.head_dim
-        self.widths = Widths(c.hidden_size, heads, c.num_heads * c.head_dim, c.intermediate_size, c.num_layers)
+    def __init__(self, config: Any, model: Any = None) -> None:
+        self.config, self.model = config, model  # adapters come and go on the model
         self.keep: str | list[str] | None = None
         self.budget: int | None = None
         self.recordable = False
+        self.compute, self.said = "bf16", ""
+        self.scales8: dict[Any, float] = {}
         self.host = Host()
         self.chosen: tuple[int, list[str]] = (0, [])  # tokens of the largest step so far, and what goes with it
 
+    @property
+    def widths(self) -> Widths:
+        return widths_of(self.config, self.model)
+
     def choose(self, x: Tensor) -> list[str]:
         """What each block keeps of a step over the states x (B, T, d); decided anew only for a larger step."""
-        tokens = x.shape[0] * x.shape[1]
+        tokens, blocks = x.shape[0] * x.shape[1], self.config.num_layers
         if isinstance(self.keep, list):
             return self.keep
         if self.keep is not None or not x.is_cuda:
-            return [self.keep or "all"] * self.widths.blocks
+            return [self.keep or "all"] * blocks
         if tokens > self.chosen[0]:
-            free = free_bytes(x.device, self.budget)
-            self.chosen = tokens, keep_on_gpu(self.widths, tokens, x.element_size(), free)
+            self.chosen = tokens, self.within(self.widths, tokens, x)
         return self.chosen[1]
+
+    def within(self, w: Widths, tokens: int, x: Tensor) -> list[str]:
+        """What each block keeps in the memory that is free now, within the budget."""
+        device, itemsize = x.device, x.element_size()
+        # buffers of smaller steps are written over, and x is a block's state already; cuBLAS' come with a product
+        there = sum(t.numel() * t.element_size() for t in (x, *mine().values()) if t.device == device)
+        room = free_bytes(device) + there - CUBLAS
+        free = free_bytes(device, self.budget) + there - CUBLAS
+        return keep_on_gpu(w, tokens, itemsize, free, room=room)
 
     def needs(self, tokens: int, itemsize: int) -> int:
         """Bytes that a step takes at most, beside the model, with all kept."""
-        whole = self.widths.blocks * tokens * self.widths.kept() * itemsize
-        return fixed_bytes(self.widths, tokens, itemsize) + whole
+        w = self.widths
+        return account(w, ["all"] * w.blocks, tokens, itemsize).total
 
 
 def parse_bytes(text: str) -> int:

@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lora.files import read_json
+from lora.models.stream import entries, stream
 
 MAPPED = 2**28  # bytes read before a file is mapped anew: pages that were read count as this process's memory
 
@@ -33,9 +34,10 @@ def stored_dtype(config: dict[str, Any]) -> torch.dtype:
     return getattr(torch, name, torch.float32) if name in ("float32", "bfloat16", "float16") else torch.float32
 
 
-def weights(folder: Path) -> Iterator[tuple[str, dict[str, Tensor]]]:
+def weights(folder: Path, device: torch.device | None = None) -> Iterator[tuple[str, dict[str, Tensor]]]:
     """(name, its tensors by their full names) of every weight: one tensor, or all the parts of a quantized one.
 
+    They lie on the CPU; where `device` is a GPU, there, and the next ones are read meanwhile (stream.py).
     Parts of P.weight are P.weight.absmax and its like (4 bits), P.SCB and P.weight_format (8 bits).
 
     Raises FileNotFoundError or ValueError, naming the file: none there, a pickle, damaged, cut short, an index that
@@ -45,9 +47,22 @@ def weights(folder: Path) -> Iterator[tuple[str, dict[str, Tensor]]]:
     groups: dict[str, list[str]] = {}
     for name in sorted(files, key=lambda name: (files[name], name)):
         groups.setdefault(_whole(name), []).append(name)
+    if device is not None and device.type == "cuda":
+        yield from _streamed(groups, files, device)
+        return
     reader = _Reader()
     for whole, names in groups.items():
         yield whole, {name: reader.read(files[name], name) for name in names}
+
+
+def _streamed(
+    groups: dict[str, list[str]], files: dict[str, Path], device: torch.device
+) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """`groups` with their tensors, read ahead onto a GPU."""
+    where = {path: entries(path) for path in set(files.values())}
+    tensors = stream([where[files[name]][name] for names in groups.values() for name in names], device)
+    for whole, names in groups.items():
+        yield whole, {name: next(tensors) for name in names}
 
 
 def _whole(name: str) -> str:

@@ -133,7 +133,7 @@ def _norm_add(norm: nn.Module, more: Tensor, x: Tensor) -> tuple[Tensor, Tensor]
 
 def recording_of(model: CausalLM) -> tuple[object, ...]:
     """What a recording depends on besides its shapes: where weights lie, and which adapters take part."""
-    layers = tuple((layer.active, layer.off, layer.merged is not None) for _, layer in adapted(model))
+    layers = tuple((x.active, x.off, x.merged is not None, x.by_row) for _, x in adapted(model))
     return (*layers, *(t.data_ptr() for t in (*model.parameters(), *model.buffers())))
 
 

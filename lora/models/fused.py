@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from lora.kernels import fold
 from lora.kernels.fold import Group, wide
-from lora.kernels.linear4 import Low, Weight4
+from lora.kernels.linear4 import Weight4
 from lora.kernels.norm import rms_norm_backward_into, rms_norm_forward
 from lora.kernels.rope import turn_into
 from lora.kernels.scratch import borrowed, mine
@@ -54,20 +54,20 @@ def group_of(*layers: nn.Module) -> Group | None:
     """The layers as a group of `fold`, or None where one needs the plain path."""
     weights: list[Weight4 | Tensor] = []
     biases: list[Tensor | None] = []
-    lows: list[Low | None] = []
+    lows: list[Any] = []
+    parts = 1
     for layer in layers:
         wrapped = layer if isinstance(layer, LoRALinear) and (layer.merged is None or layer.off) else None
         base: Any = wrapped.base if wrapped else layer
         low = None
         if wrapped:
             on = wrapped.on()
-            if (
-                len(on) > 1
-                or wrapped.by_row is not None
-                or any(a.magnitude is not None or (wrapped.training and a.dropout) for a in on)
-            ):
+            if len(on) > 1 or any(not a.is_plain() or (wrapped.training and a.dropout) for a in on):
                 return None
-            low = (on[0].a, on[0].b, on[0].scale) if on else None
+            low = on[0].low() if on else None
+            if on and low is None:  # adapters side by side that are not in one stack
+                return None
+            parts = on[0].parts if on else parts
         if is_hooked(layer) or is_hooked(base):
             return None
         if type(base) is Linear4bit:
@@ -80,7 +80,7 @@ def group_of(*layers: nn.Module) -> Group | None:
             return None
         biases.append(base.bias)
         lows.append(low)
-    return Group(tuple(weights), tuple(biases), tuple(lows))
+    return Group(tuple(weights), tuple(biases), tuple(lows), parts)
 
 
 def factors(groups: Sequence[Group]) -> list[Tensor]:
@@ -277,7 +277,7 @@ def block(x: Tensor, cos: Tensor, sin: Tensor, spec: Spec, layer: int) -> Tensor
 def specs_of(model: Any, x: Tensor, masks: Mapping[int | None, Mask], keeping: Keeping) -> list[Spec] | None:
     """What `block` needs of every block of a Llama; None where one of them needs the plain path.
 
-    That is: norms on q and k, trained norms or biases, hooks, dropout, DoRA, and several adapters at once.
+    That is: norms on q and k, trained norms or biases, hooks, dropout, DoRA, and several adapters on the same rows.
     """
     c, specs = model.config, []
     keep = keeping.choose(x)

@@ -4,6 +4,7 @@ Blocks are numbered in the order of the forward; `send` is called once a block g
 Buffers on the host are used again every step.
 """
 
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -55,6 +56,10 @@ class Host:
             self._order(block - 1, like, shape)
         return x
 
+    def nbytes(self) -> int:
+        """Bytes of pinned memory that are held."""
+        return sum(t.numel() * t.element_size() for t in self.room.values())
+
     def _order(self, block: int, like: Tensor, shape: torch.Size) -> None:
         own = self.away[block]
         x = self.inputs[block] = torch.empty(shape, dtype=like.dtype, device=like.device)
@@ -73,5 +78,23 @@ class Host:
     def _pinned(self, block: int, place: int, t: Tensor) -> Tensor:
         room = self.room.get((block, place))
         if room is None or room.shape != t.shape or room.dtype != t.dtype:
-            room = self.room[block, place] = torch.empty(t.shape, dtype=t.dtype, pin_memory=True)
+            self.room.pop((block, place), None)  # given back before the next is taken
+            room = self.room[block, place] = pinned(t.shape, t.dtype)
         return room
+
+
+def pinned(shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """An empty tensor in pinned memory, as large as it is: PyTorch's own pinned tensors grow to the next power of two.
+
+    Raises RuntimeError where the system gives none.
+    """
+    t = torch.empty(shape, dtype=dtype)
+    size = t.numel() * t.element_size()
+    if not size:
+        return t
+    driver = torch.cuda.cudart()
+    if int(driver.cudaHostRegister(t.data_ptr(), size, 0)):
+        raise RuntimeError(f"{size / 2**30:.2f} GiB more of pinned memory on the host were not to be had")
+    # registered memory must not go back to the system before it is let go
+    weakref.finalize(t.untyped_storage(), driver.cudaHostUnregister, t.data_ptr()).atexit = False
+    return t

@@ -17,6 +17,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
+from lora.kernels.dispatch import on_gpu
 from lora.kernels.norm import rms_norm
 from lora.kernels.rope import rope
 from lora.kernels.swiglu import swiglu
@@ -277,7 +278,7 @@ class Llama(CausalLM):
         self.model = Layers(config, self.block, self.last_norm)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.tie()
-        self.keeping = Keeping(config)
+        self.keeping = Keeping(config, self)
 
     def embedding(self) -> nn.Module:
         return self.model.embed_tokens
@@ -303,7 +304,8 @@ class Llama(CausalLM):
         turns = c.rotations(positions, x.dtype)
         windows = {c.window(i) for i in range(c.num_layers)}
         masks = {w: seen(ids.shape[1], used, padding, documents, ids.device, w) for w in windows}
-        fusable = cache is None and torch.is_grad_enabled() and x.device.type in FUSED and self.block is Block
+        fast = x.device.type in FUSED or ("cuda" in FUSED and on_gpu(x))
+        fusable = cache is None and torch.is_grad_enabled() and fast and self.block is Block
         specs = fused.specs_of(self, x, masks, self.keeping) if fusable else None
         for i, b in enumerate(self.model.layers):
             if specs is not None:

@@ -75,7 +75,7 @@ def load(
             raise ValueError(f"{path}: model_type {kind!r} is not known; there are {', '.join(sorted(FAMILIES))}")
         config, stored = FAMILIES[kind].from_json(raw), stored_dtype(raw)
         tokenizer = Tokenizer.from_directory(path)
-        groups = weights(path)
+        groups = weights(path, device)
     elif not path.exists():
         raise FileNotFoundError(f"{path} does not exist; give a folder with config.json, a .gguf file or a hub name")
     else:
@@ -96,11 +96,12 @@ def load(
         return Linear4bit(quantize_tensor(weight, quantize, block, double, name=name))
 
     groups = watched(groups, path)
-    made = _fill(config, groups, _dtype(dtype, stored, device), device, path, pack if quantize else None, skip)
+    made = _fill(config, groups, dtype_of(dtype, stored, device), device, path, pack if quantize else None, skip)
     return made, tokenizer
 
 
-def _dtype(asked: str | torch.dtype, stored: torch.dtype, device: torch.device) -> torch.dtype:
+def dtype_of(asked: str | torch.dtype, stored: torch.dtype, device: torch.device) -> torch.dtype:
+    """Of the dense weights of a checkpoint stored in `stored`, on a device."""
     if isinstance(asked, torch.dtype):
         return asked
     if asked == "auto":
