@@ -14,6 +14,7 @@ Source: QLoRA, arXiv:2305.14314, section 3; numbers equal bitsandbytes' bit for 
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,6 +29,20 @@ NESTED = 256  # block scales that share one scale of their own, where they are b
 # What a program and a thread of the kernel take.  A thread takes 16 bytes, 32 values: whole 16-byte loads and stores
 # of 16-bit values, and then no value changes its thread on the way (seen in the code made by Triton 3.6 for sm_90).
 DECODE_BYTES, DECODE_BYTES_THREAD = 2048, 16
+
+
+Low = tuple[Tensor, Tensor, float]  # a low-rank update beside a weight: a (r, K), b (N, r), s
+
+
+class Weight4(NamedTuple):
+    """A 4-bit matrix (N, K): what a product needs to know of it."""
+
+    q: Tensor  # bytes, flat
+    scales: tuple[Tensor, ...]  # (absmax,), or nested: (q, code, absmax, offset) of `dequantize_scales`
+    table: Tensor  # byte_table of the code
+    permute: Tensor  # permute_table of the code
+    block: int
+    shape: tuple[int, int]
 
 
 # ---- reference ----
