@@ -27,7 +27,7 @@ from timing import copy_gb_s
 from torch import nn
 
 import lora
-from lora.kernels.dispatch import overlaps
+from lora.kernels.dispatch import can_overlap
 from lora.models import decode
 from lora.models.decode import Decoder, decoder_for
 from lora.models.generate import generate_ids
@@ -98,12 +98,12 @@ def profile(call: Callable[[], object]) -> dict[str, float]:
 
 def profile_step(decoder: Decoder) -> dict[str, float]:
     """`profile` of a step whose launches wait for each other, so that each is charged with its own time only."""
-    decode.overlaps = lambda x: False  # type: ignore[assignment]
+    decode.can_overlap = lambda device: False  # type: ignore[assignment]
     decoder.now.steps.clear()
     decoder.step(greedy=True)
     go_to(decoder, PROMPT + 64)
     shares = profile(lambda: decoder.step(greedy=True))
-    decode.overlaps = overlaps
+    decode.can_overlap = can_overlap
     decoder.now.steps.clear()
     return shares
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lora.kernels._triton import tl, triton
-from lora.kernels.dispatch import overlaps, use_triton
+from lora.kernels.dispatch import can_overlap, use_triton
 from lora.kernels.rope import turn_ref
 
 PROGRAMS = 132  # what fills an H100
@@ -232,7 +232,7 @@ def _attend(
         n = B * Hkv * shares * GP
         acc, top, total, done = work.split([n * D, n, n, B * Hkv])
         done = done.view(torch.int32)
-    early = early and overlaps(q)
+    early = early and can_overlap(q.device)
     launch = {"launch_pdl": True} if early else {}
     with torch.cuda.device_of(q):
         _attend_kernel[(B * Hkv, shares)](

@@ -7,7 +7,6 @@ LORA_KERNELS=triton  Triton or an error; with TRITON_INTERPRET=1 set before Pyth
 """
 
 import contextlib
-import functools
 import os
 from collections.abc import Iterator
 
@@ -69,11 +68,6 @@ def use_triton(*tensors: Tensor) -> bool:
     return wish == "auto" and there and _triton.AVAILABLE and not wide
 
 
-@functools.cache
-def _overlaps(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
-
-
-def overlaps(x: Tensor) -> bool:
-    """Whether a launch on x's device may begin before the one before it ends (programmatic dependent launch)."""
-    return not INTERPRETED and _overlaps(x.device)
+def can_overlap(device: torch.device) -> bool:
+    """Whether a launch may begin while the one before it ends (programmatic dependent launch: Hopper and later)."""
+    return not INTERPRETED and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)

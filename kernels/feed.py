@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from lora.kernels._triton import tl, triton
-from lora.kernels.dispatch import overlaps, use_triton
+from lora.kernels.dispatch import can_overlap, use_triton
 from lora.kernels.norm import rms_norm_forward
 from lora.kernels.swiglu import swiglu_forward
 
@@ -111,7 +111,7 @@ def _launch(
     s = torch.empty((M, K) if adds else 0, dtype=x.dtype, device=x.device)
     xa = torch.empty((M, R), dtype=torch.float32, device=x.device)
     part, num_warps = plan(M, R, K)
-    early = early and overlaps(x)
+    early = early and can_overlap(x.device)
     launch = {"launch_pdl": True} if early else {}
     with torch.cuda.device_of(x):  # Triton launches on the current device, not on the tensors'
         _feed_kernel[(max(1, -(-R // max(1, part))), M)](

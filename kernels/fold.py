@@ -173,7 +173,8 @@ def stack_a(group: Group, out: Tensor, scaled: bool) -> Tensor:
 def spread_b(group: Group, out: Tensor, scaled: bool) -> None:
     """B, block-diagonal, and the biases behind it, into `out` (Σ N, room), zeros elsewhere; B times s if `scaled`."""
     if group.parts > 1:
-        return _spread_parts(group, out)
+        _spread_parts(group, out)
+        return
     row = at = 0
     for n, r, low, bias in zip(group.sizes, group.ranks, group.lows, group.biases, strict=True):
         b = low[1].detach() if low else None
@@ -193,7 +194,7 @@ def _stack_parts(group: Group, out: Tensor, scaled: bool) -> None:
 
 
 def _spread_parts(group: Group, out: Tensor) -> None:
-    """Every b of every part, and the biases behind them, into `out` (Σ N, room): adapter by adapter, zeros elsewhere."""
+    """Every b of every part, then the biases, into `out` (Σ N, room): adapter by adapter, zeros elsewhere."""
     R = sum(group.ranks)
     out.zero_()
     columns = out[:, : group.parts * R].unflatten(1, (group.parts, R))  # (Σ N, k, Σ r)
@@ -239,9 +240,10 @@ def _decode(weights: Sequence[Weight4 | Tensor], out: Tensor) -> None:
 
 
 def forward(group: Group, xw: Tensor, t: Tensor | None = None, add: Tensor | None = None, out: Tensor | None = None):
-    """Y (M, Σ N) and T (M, Σ r), by parts (k, M / k, Σ r), of X in the first K columns of xw (M, K + room), whose other columns are written here.
+    """Y (M, Σ N) and T (M, Σ r), by parts (k, M / k, Σ r), of X in the first K columns of xw (M, K + room).
 
-    `t` is T where it is known already.  `add` (M, Σ N) is added to Y, which goes into `out` where given.
+    The other columns of xw are written here.  `t` is T where it is known already.  `add` (M, Σ N) is added to Y, which
+    goes into `out` where given.
     """
     K, room, R = group.K, group.room, sum(group.ranks)
     M, N = xw.shape[0], sum(group.sizes)
@@ -271,7 +273,9 @@ def backward(group: Group, dyw: Tensor, t: Tensor | None, out: Tensor | None = N
     The other columns of dyw are written here.  dX goes into `out` where given.
     """
     K, R, N = group.K, sum(group.ranks), sum(group.sizes)
-    dy, u, dbs = dyw[:, :N], None, []
+    u: Tensor | None = None
+    dbs: list[Tensor | None] = []
+    dy = dyw[:, :N]
     room = dyw.shape[1] - N
     buffer = wide(N + room, K, 0, dyw, "weight")
     _decode(group.weights, buffer[:N])
@@ -302,7 +306,8 @@ def backward(group: Group, dyw: Tensor, t: Tensor | None, out: Tensor | None = N
 
 def _backward_parts(group: Group, dy: Tensor, t: Tensor) -> tuple[Tensor, list[Tensor | None]]:
     """U (k, M / k, Σ r) and db_i (k, N_i, r_i) of dY (M, Σ N)."""
-    u, dbs = torch.empty_like(t), []
+    u = torch.empty_like(t)
+    dbs: list[Tensor | None] = []
     row = at = 0
     for n, r, low in zip(group.sizes, group.ranks, group.lows, strict=True):
         part = _runs(group, dy[:, row : row + n])  # (k, M / k, N)

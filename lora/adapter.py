@@ -73,7 +73,7 @@ class Adapter(nn.Module):
         self.b = nn.Parameter(torch.empty(n_rows, r, dtype=torch.float32, device=device))
         self.scale, self.dropout, self.n_out, self.stacked = scale, dropout, n_out, 1
         self.register_parameter("magnitude", None)
-        self.register_module("bias", None)
+        self.bias = None
         for key in ("a0", "b0", "row"):
             self.register_buffer(key, None)
         if rows:
@@ -179,7 +179,11 @@ def add_all(y: Tensor, x: Tensor, adapters: Sequence[Adapter | ByRow], training:
             continue
         a, b = adapter.factors()
         h = nn.functional.dropout(x, adapter.dropout, training) if adapter.dropout else x
-        y = add_low_rank(y, h.to(y.dtype), a.to(y.dtype), b.to(y.dtype), adapter.scale)
+        h, a, b = h.to(y.dtype), a.to(y.dtype), b.to(y.dtype)
+        if torch.compiler.is_compiling():  # which fuses the plain formula by itself, and cannot look into ours
+            y = y + (h @ a.T @ b.T) * adapter.scale
+        else:
+            y = add_low_rank(y, h, a, b, adapter.scale)
         if adapter.bias is not None:
             y = y + adapter.bias.shift().to(y.dtype)
     return y

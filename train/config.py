@@ -108,7 +108,10 @@ class TrainConfig:
         if self.optim_bits not in (32, 8):
             raise ValueError(f"optim_bits={self.optim_bits!r}: 32 or 8")
         if self.budget is not None:
-            parse_bytes(self.budget)
+            try:
+                parse_bytes(self.budget)
+            except ValueError as e:
+                raise ValueError(f"budget={self.budget!r}: {e}") from None
         if self.schedule not in SCHEDULES:
             raise ValueError(f"schedule={self.schedule!r}: one of {', '.join(SCHEDULES)}")
         for key in ("epochs", "lr", "eps", "lora_plus"):

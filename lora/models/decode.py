@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lora.kernels.attend import attend, new_work
 from lora.kernels.choose import choose, note
-from lora.kernels.dispatch import overlaps
+from lora.kernels.dispatch import can_overlap
 from lora.kernels.rope import rope
 from lora.kernels.scratch import mine
 from lora.layer import Adapted
@@ -277,7 +277,7 @@ class Decoder:
     def _step(self) -> Tensor:
         """One token of each row through all layers; logits (B, V)."""
         c = self.model.config
-        early = overlaps(self.at)
+        early = can_overlap(self.device)
 
         def attend_one(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             keys, values = self.cache.kv[layer]
