@@ -29,7 +29,8 @@ from torch import nn
 import lora
 from lora.kernels.dispatch import can_overlap
 from lora.models import decode
-from lora.models.decode import Decoder, decoder_for
+from lora.models.decode import Decoder
+from lora.models.decoders import decoder_for
 from lora.models.generate import generate_ids
 from lora.models.llama import Llama, LlamaConfig
 from lora.quant.linear import Linear4bit

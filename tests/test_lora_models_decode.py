@@ -9,7 +9,8 @@ import torch
 import lora
 from lora.kernels import attend
 from lora.models import reading
-from lora.models.decode import Decoder, decoder_for
+from lora.models.decode import Decoder
+from lora.models.decoders import decoder_for
 from lora.models.generate import generate_ids
 from lora.models.llama import Llama, LlamaConfig
 

@@ -20,18 +20,14 @@ from lora.kernels.choose import choose, note
 from lora.kernels.dispatch import can_overlap
 from lora.kernels.rope import rope
 from lora.kernels.scratch import mine
-from lora.layer import Adapted
 from lora.models.base import Cache, CausalLM, attention, causal_mask
-from lora.models.llama import MLP, Attention, Block, Llama
-from lora.models.reading import Group, Key, Reading, groups_of, key_of
+from lora.models.reading import Group, Key, Reading, groups_of, key_of, plain
 
 ASK = 4  # tokens between two questions to a GPU whether all rows have ended
 PROMPT = 32  # prompts on a GPU are padded to a multiple of so many tokens, so that they share recordings
 RECORDED = 4096  # tokens of all prompts together, up to which launches matter
 PROMPTS = 8  # shapes of prompts recorded at once
 RECORDINGS = 4  # sets of adapters' shapes recorded at once
-DECODERS = 3  # shapes kept for a model, while their caches together take no more than
-SHARE = 0.1  # of the GPU's memory
 
 
 class Recording:
@@ -301,52 +297,3 @@ class Decoder:
         positions = (used - self.start)[:, None]
         h = self.model.hidden(self.token[:, None], real, positions, self.cache)
         return self.model.logits(h[:, -1])
-
-
-def plain(model: CausalLM) -> bool:
-    """Whether the step of this file is the model's own: Llama's blocks as they are.
-
-    A whole attention or MLP may have been replaced by a trained copy, which the step would look past.  Adapters by row
-    count the rows of a batch, which the step lays end to end.
-    """
-    if type(model) is not Llama or any(isinstance(m, Adapted) and m.by_row is not None for m in model.modules()):
-        return False
-    return all((type(b), type(b.self_attn), type(b.mlp)) == (Block, Attention, MLP) for b in model.model.layers)  # type: ignore[union-attr]
-
-
-class _Kept(list["Decoder"]):
-    """A model's decoders; a copy of the model begins with none."""
-
-    def __deepcopy__(self, memo: object) -> "_Kept":
-        return _Kept()
-
-    def __reduce__(self) -> tuple[type, tuple[()]]:
-        return _Kept, ()
-
-
-def decoder_for(model: CausalLM, batch: int, length: int) -> Decoder:
-    """A decoder for `batch` rows of `length` tokens: on a GPU a kept one that fits, else a new one.
-
-    There rows are rounded up to 1, 2, 4 or a multiple of 8 and lengths to a multiple of 128, so that calls of like
-    shape share a recording.
-    """
-    device, dtype = model.place()
-    if device.type != "cuda":
-        return Decoder(model, batch, length)
-    state = (device, dtype, plain(model))
-    if state[2]:
-        batch = next((n for n in (1, 2, 4) if batch <= n), -(-batch // 8) * 8)
-    length = min(-(-(length + PROMPT - 1) // 128) * 128, model.config.max_length)  # with room for a prompt's padding
-    kept: _Kept = model.__dict__.setdefault("_decoders", _Kept())
-    kept[:] = [d for d in kept if (d.device, d.cache.kv.dtype, d.plain) == state]
-    for i, decoder in enumerate(kept):
-        if decoder.batch == batch and length <= decoder.length <= 2 * length:
-            kept.append(kept.pop(i))
-            return decoder
-    c = model.config
-    need = 2 * c.num_layers * batch * c.num_kv_heads * length * c.head_dim * dtype.itemsize
-    room = SHARE * torch.cuda.get_device_properties(device).total_memory
-    while kept and (len(kept) == DECODERS or need + sum(d.cache.kv.nbytes for d in kept) > room):
-        kept.pop(0)  # its cache goes before another is made
-    kept.append(Decoder(model, batch, length))
-    return kept[-1]

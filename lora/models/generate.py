@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lora.models.base import CausalLM, refuse_encoder
-from lora.models.decode import decoder_for
+from lora.models.decoders import decoder_for
 from lora.models.tokenizer import Tokenizer
 from lora.rows import given_in
 

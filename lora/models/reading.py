@@ -20,8 +20,9 @@ from lora.kernels.code4 import Weight4
 from lora.kernels.feed import MOST_ROWS, feed_gate, feed_low, feed_norm
 from lora.kernels.gemv4 import can_gemv4, gemv4_group
 from lora.kernels.linear4 import linears4
-from lora.layer import LoRALinear, adapted, is_hooked, together
-from lora.models.llama import RMSNorm
+from lora.layer import Adapted, LoRALinear, adapted, is_hooked, together
+from lora.models.base import CausalLM
+from lora.models.llama import MLP, Attention, Block, Llama, RMSNorm
 from lora.quant.linear import Linear4bit
 
 BUFFERED = {"cuda"}  # devices on which factors are copied into buffers; on a CPU nothing is recorded
@@ -30,6 +31,17 @@ MOST_RANK = 128  # of a layer's adapters together, up to which they ride in the 
 
 Key = tuple[object, object]
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # layer, q, k, v (M, H D) -> (M, H D)
+
+
+def plain(model: CausalLM) -> bool:
+    """Whether what is read here is the model's own: Llama's blocks as they are.
+
+    A whole attention or MLP may have been replaced by a trained copy, which this would look past.  Adapters by row
+    count the rows of a batch, which are laid end to end here.
+    """
+    if type(model) is not Llama or any(isinstance(m, Adapted) and m.by_row is not None for m in model.modules()):
+        return False
+    return all((type(b), type(b.self_attn), type(b.mlp)) == (Block, Attention, MLP) for b in model.model.layers)  # type: ignore[union-attr]
 
 
 class Part(NamedTuple):
