@@ -137,7 +137,12 @@ def grouped(q: Tensor, heads: int, scale: float) -> Tensor:
 
 def can_causal(q: Tensor, k: Tensor) -> bool:
     """Whether this is the way for queries and keys of the same tokens: on a CPU, where sums keep all their bits."""
-    return not on_gpu(q) and q.device.type == "cpu" and q.dtype in (torch.float32, torch.float64) and q.shape[2] == k.shape[2]
+    return (
+        not on_gpu(q)
+        and q.device.type == "cpu"
+        and q.dtype in (torch.float32, torch.float64)
+        and q.shape[2] == k.shape[2]
+    )
 
 
 class _Causal(torch.autograd.Function):
