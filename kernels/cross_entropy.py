@@ -23,10 +23,9 @@ from lora.kernels import gemm
 from lora.kernels._triton import tl, triton
 from lora.kernels.dispatch import on_gpu, use_triton
 
-# Bytes of logits alive at once, float32 on a CPU, those of h on a GPU.  On a CPU 128 rows of a 49 152-word
-# vocabulary: the C library gives larger blocks back to the system at every free, and a softmax into fresh pages
-# takes three times as long.
-BUDGET = {"cpu": 24 * 2**20}
+# Bytes of logits alive at once, float32 on a CPU, those of h on a GPU.  On a CPU 256 rows of a 49 152-word
+# vocabulary: the products of 128 are slower by a tenth (LOG.md, 2026-11-27).
+BUDGET = {"cpu": 48 * 2**20}
 BUDGET_GPU = 2**28
 
 
@@ -38,8 +37,14 @@ def chunk_rows(V: int, itemsize: int, budget: int = BUDGET_GPU) -> int:
 
 # ---- reference ----
 def _overwrite_ref(logits: Tensor, target: Tensor, want_dz: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """nll (n,), hit (n,) and softmax - onehot (n, V), the last only with `want_dz`."""
+    """nll (n,), hit (n,) and softmax - onehot (n, V), the last only with `want_dz`, and then over the logits."""
     dtype, t = logits.dtype, target[:, None]
+    if want_dz and dtype in (torch.float32, torch.float64) and logits.device.type == "cpu":
+        top, at = logits.amax(dim=1), logits.gather(1, t)[:, 0]
+        p = torch.ops.aten._softmax.out(logits, -1, False, out=logits)
+        # the likeliest has p = exp(0) / Σ, which gives log Σ exactly however small p of the target is
+        nll = (top - at).sub_(p.amax(dim=1).log_())
+        return nll, at >= top, p.scatter_add_(1, t, p.new_full(t.shape, -1.0))
     logp = torch.log_softmax(logits.float(), dim=-1)  # (n, V)
     del logits
     at = logp.gather(1, t)
