@@ -202,7 +202,7 @@ def attend(
             f"at {tuple(at.shape)}, start {tuple(start.shape)} and cos {tuple(cos.shape)} do not fit {B} rows of {D}"
         )
     whole = D in (32, 64, 128, 256) and all(t.stride(1) == 1 for t in (q, k, v))
-    if not whole or not use_triton(q, k, v, keys, values, at, start, cos, sin):
+    if not use_triton(q, k, v, keys, values, at, start, cos, sin, *(() if work is None else (work,))) or not whole:
         return attend_ref(q, k, v, keys, values, at, start, cos, sin, window)
     return _attend(q, k, v, keys, values, at, start, cos, sin, window, work, early)
 

@@ -18,7 +18,22 @@ import torch
 from torch import Tensor
 
 import lora.kernels
-from lora.kernels import adamw, attend, code4, code8, cross_entropy, dispatch, encode4, fold, gemv4, norm, rope, swiglu
+from lora.kernels import (
+    adamw,
+    attend,
+    choose,
+    code4,
+    code8,
+    cross_entropy,
+    dispatch,
+    encode4,
+    feed,
+    fold,
+    gemv4,
+    norm,
+    rope,
+    swiglu,
+)
 from lora.kernels.linear4 import Weight4, linears4
 from lora.quant.codebook import codebook, dynamic_map
 from lora.quant.weight import Packed, quantize_tensor
@@ -193,15 +208,64 @@ def adam8(put: Put) -> Call:
     return call
 
 
-@case
-def attention_of_a_token(put: Put) -> Call:
-    B, H, Hkv, D, S = 2, 6, 2, 32, 70
+def of_a_token(put: Put, S: int, short: int) -> Call:
+    B, H, Hkv, D = 2, 6, 2, 32
     q, k, v = put(half(B, H * D)), put(half(B, Hkv * D)), put(half(B, Hkv * D))
     keys, values = put(half(B, Hkv, S, D)), put(half(B, Hkv, S, D))
-    at, start = put(torch.tensor([S - 1])), put(torch.tensor([0, 3]))
-    angle = torch.rand(B, D // 2)
+    at, start = put(torch.tensor([S - 1, S - 7])), put(torch.tensor([0, 3]))
+    angle = torch.rand(S, D // 2)
     cos, sin = put(angle.cos()), put(angle.sin())
-    return lambda: [attend.attend(q, k, v, keys, values, at, start, cos, sin), keys, values]
+    work = None
+    with patch.object(attend, "SHORT", short):
+        if (zeros := attend.new_work(torch.empty(B, Hkv, S, D, device="meta"), H)) is not None:
+            work = put(torch.zeros(zeros.shape))
+
+    def call() -> list[Tensor]:
+        with patch.object(attend, "SHORT", short):
+            return [attend.attend(q, k, v, keys, values, at, start, cos, sin, 0, work), keys, values]
+
+    return call
+
+
+@case
+def attention_of_a_token(put: Put) -> Call:
+    return of_a_token(put, 70, 512)
+
+
+@case
+def attention_of_a_token_in_shares(put: Put) -> Call:
+    return of_a_token(put, 300, 128)
+
+
+@case
+def fed_norm(put: Put) -> Call:
+    x, more, w, a = put(half(3, 100)), put(half(3, 100)), put(half(100)), put(half(5, 100))
+
+    def call() -> list[Tensor]:
+        y, s, xa = feed.feed_norm(x, more, w, 1e-5, a)
+        assert xa is not None
+        return [y, s, xa, feed.feed_low(x, a)]
+
+    return call
+
+
+@case
+def fed_gate(put: Put) -> Call:
+    g, u, a = put(half(3, 100)), put(half(3, 100)), put(half(7, 100))
+    return lambda: [t for t in feed.feed_gate(g, u, a) if t is not None]
+
+
+@case
+def choice(put: Put) -> Call:
+    logits, ends = put(half(3, 700)), put(torch.arange(700) % 2 == 0)
+    taken, at, out = put(torch.zeros(3, dtype=torch.int64)), put(torch.arange(3)), put(torch.zeros(3, 9).long())
+    stopped, bad = put(torch.zeros(3, dtype=torch.bool)), put(torch.zeros(3, dtype=torch.bool))
+
+    def call() -> list[Tensor]:
+        choose.choose(logits, taken, at, out, ends, stopped, bad)
+        return [taken, at, out, stopped, bad]
+
+    return call
 
 
 @case
@@ -325,8 +389,12 @@ def test_there_is_a_case_for_every_kernel(triton_device: torch.device, monkeypat
             return self.kernel[grid] if "gemv4" not in self.name or not dispatch.INTERPRETED else lambda *_, **__: None
 
     found = [(module, name, f"{module.__name__}.{name}") for module, name in kernels()]
+    files = {module for module, _, _ in found} | {gemv4}  # a kernel may be launched from another file than its own
     for module, name, full in found:
-        monkeypatch.setattr(module, name, Recorder(full, getattr(module, name)))
+        kernel = getattr(module, name)
+        for file in files:
+            if getattr(file, name, None) is kernel:
+                monkeypatch.setattr(file, name, Recorder(full, kernel))
     for make in CASES.values():
         make(lambda t: t.to(triton_device))()
     assert len(found) > 10 and launched == {full for _, _, full in found}
