@@ -179,11 +179,7 @@ def add_all(y: Tensor, x: Tensor, adapters: Sequence[Adapter | ByRow], training:
             continue
         a, b = adapter.factors()
         h = nn.functional.dropout(x, adapter.dropout, training) if adapter.dropout else x
-        h, a, b = h.to(y.dtype), a.to(y.dtype), b.to(y.dtype)
-        if torch.compiler.is_compiling():  # which fuses the plain formula by itself, and cannot look into ours
-            y = y + (h @ a.T @ b.T) * adapter.scale
-        else:
-            y = add_low_rank(y, h, a, b, adapter.scale)
+        y = add_low_rank(y, h.to(y.dtype), a.to(y.dtype), b.to(y.dtype), adapter.scale)
         if adapter.bias is not None:
             y = y + adapter.bias.shift().to(y.dtype)
     return y

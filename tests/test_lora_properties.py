@@ -196,7 +196,7 @@ def test_one_adapter_alone_is_itself(options: dict[str, Any], tmp_path: Path) ->
 def test_an_adapter_less_itself_is_nothing(tmp_path: Path) -> None:
     base = llama()
     want = logits(base)
-    model = shake(lora.wrap(llama(), r=3, rslora=True, targets=["q_proj", "embed_tokens"]))
+    model = shake(lora.wrap(llama(), r=3, rslora=True, targets=["q_proj", "down_proj"]))
     lora.save(model, tmp_path / "a")
     lora.combine([tmp_path / "a"] * 2, tmp_path / "none", [1.0, -1.0])
     lora.combine([tmp_path / "a"] * 3, tmp_path / "one", [1.0, -1.0, 1.0])

@@ -274,24 +274,38 @@ def block(x: Tensor, cos: Tensor, sin: Tensor, spec: Spec, layer: int) -> Tensor
     return _Block.apply(x, cos, sin, spec, layer, *factors(spec.groups))
 
 
-def specs_of(model: Any, x: Tensor, masks: Mapping[int | None, Mask], keeping: Keeping) -> list[Spec] | None:
-    """What `block` needs of every block of a Llama; None where one of them needs the plain path.
+Parts = tuple[tuple[Tensor, Tensor], tuple[Group, Group, Group, Group]]
+
+
+def fusable(model: Any, x: Tensor) -> list[Parts] | None:
+    """Norms and groups of every block of a Llama; None where one of them needs the plain path.
 
     That is: norms on q and k, trained norms or biases, hooks, dropout, DoRA, and several adapters on the same rows.
     """
-    c, specs = model.config, []
-    keep = keeping.choose(x)
-    keeping.recordable = False
-    for i, b in enumerate(model.model.layers):
+    found = []
+    for b in model.model.layers:
         at, mlp, n1, n2 = b.self_attn, b.mlp, b.input_layernorm, b.post_attention_layernorm
         layers = ((at.q_proj, at.k_proj, at.v_proj), (at.o_proj,), (mlp.gate_proj, mlp.up_proj), (mlp.down_proj,))
         groups = tuple(group_of(*layer) for layer in layers)
-        if None in groups or c.qk_norm or any(is_hooked(m) for m in (b, at, mlp, n1, n2)):
+        if None in groups or model.config.qk_norm or any(is_hooked(m) for m in (b, at, mlp, n1, n2)):
             return None
         if any(n.weight.requires_grad or n.weight.dtype != x.dtype for n in (n1, n2)):
             return None
+        found.append(((n1.weight, n2.weight), cast(Any, groups)))
+    return found
+
+
+def specs_of(model: Any, x: Tensor, masks: Mapping[int | None, Mask], keeping: Keeping) -> list[Spec] | None:
+    """What `block` needs of every block of a Llama; None where one of them is not `fusable`."""
+    c, specs = model.config, []
+    keep = keeping.choose(x)
+    keeping.recordable = False
+    found = fusable(model, x)
+    if found is None:
+        return None
+    heads = (c.num_heads, c.num_kv_heads, c.head_dim)
+    for i, (norms, groups) in enumerate(found):
         attend = functools.partial(attention, mask=masks[c.window(i)])
-        heads = (c.num_heads, c.num_kv_heads, c.head_dim)
-        specs.append(Spec((n1.weight, n2.weight), c.eps, cast(Any, groups), heads, attend, keep[i], keeping.host))
+        specs.append(Spec(norms, c.eps, groups, heads, attend, keep[i], keeping.host))
     keeping.recordable = all(spec.keep == "all" for spec in specs)
     return specs
