@@ -305,8 +305,8 @@ class Llama(CausalLM):
         windows = {c.window(i) for i in range(c.num_layers)}
         masks = {w: seen(ids.shape[1], used, padding, documents, ids.device, w) for w in windows}
         fast = x.device.type in FUSED or ("cuda" in FUSED and on_gpu(x))
-        fusable = cache is None and torch.is_grad_enabled() and fast and self.block is Block
-        specs = fused.specs_of(self, x, masks, self.keeping) if fusable else None
+        fusable = cache is None and torch.is_grad_enabled() and fast
+        specs = fused.specs_of(self, x, turns, masks, self.keeping) if fusable else None
         for i, b in enumerate(self.model.layers):
             if specs is not None:
                 cos, sin = turns[c.rope_of(i)]
