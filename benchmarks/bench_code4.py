@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora.kernels import code4
+from lora.kernels import code4, encode4
 from lora.quant.blocks import quantize_scales
 from lora.quant.codebook import codebook
 from lora.quant.weight import quantize_tensor
@@ -43,11 +43,11 @@ def weights(N: int, K: int) -> list[Tensor]:
 
 def encode(ws: list[Tensor], double: bool) -> Call:
     code = codebook("nf4").to("cuda")
-    cells = code4.decision_cells(code)
+    cells = encode4.decision_cells(code)
 
     def call(i: int) -> object:
-        q, absmax = code4.quantize4(ws[i], code, BLOCK, cells)
-        return quantize_scales(absmax) if double else q
+        q, absmax, sums = encode4.quantize4(ws[i], code, BLOCK, cells)
+        return quantize_scales(absmax, sums) if double else q
 
     return call
 
@@ -116,30 +116,30 @@ def compare() -> list[dict[str, Any]]:
 
 def sweep() -> list[dict[str, Any]]:
     """GB/s under a graph of each pair of knobs; the first of each table is what the code has."""
-    warps = range(1, 17)
-    knobs = {
-        "DECODE_BYTES": [(a, b) for a in (512, 1024, 2048, 4096) for b in (2, 4, 8, 16) if a // b // 32 in warps],
-        "ENCODE_VALUES": [(a, b) for a in (512, 1024, 2048, 4096) for b in (4, 8, 16, 32) if a // b // 32 in warps],
-    }
-    makers = {"DECODE_BYTES": decode, "ENCODE_VALUES": encode}
+    pairs = [(a, b) for a in (512, 1024, 2048, 4096) for b in (2, 4, 8, 16, 32) if a // b // 32 in range(1, 17)]
+    knobs: list[tuple[Any, str, Callable[[list[Tensor], bool], Call]]] = [
+        (code4, "DECODE_BYTES", decode),
+        (encode4, "VALUES", encode),
+    ]
     rows: list[dict[str, Any]] = []
     for N, K in SHAPES[:2] + SHAPES[3:]:
         ws = weights(N, K)
-        for name, pairs in knobs.items():
-            now = (getattr(code4, name), getattr(code4, f"{name}_THREAD"))
-            for double in (False, True) if name == "DECODE_BYTES" else (False,):
-                call = makers[name](ws, double)
+        for file, name, make in knobs:
+            now = (getattr(file, name), getattr(file, f"{name}_THREAD"))
+            for double in (False, True):
+                call = make(ws, double)
                 want, tried = None, []
                 for pair in [now, *(p for p in pairs if p != now)]:
-                    setattr(code4, name, pair[0])
-                    setattr(code4, f"{name}_THREAD", pair[1])
+                    setattr(file, name, pair[0])
+                    setattr(file, f"{name}_THREAD", pair[1])
                     got = call(0)
+                    got = got[0] if isinstance(got, tuple) else got  # with its scales in 8 bits: their bytes
                     assert isinstance(got, Tensor)
                     want = got.clone() if want is None else want
                     assert torch.equal(got, want), (name, pair)  # whatever the knobs, the same bits
                     tried.append((round(moved(N * K, double) / graph_ms(call, len(ws)) / 1e6), *pair))
-                setattr(code4, name, now[0])
-                setattr(code4, f"{name}_THREAD", now[1])
+                setattr(file, name, now[0])
+                setattr(file, f"{name}_THREAD", now[1])
                 head = f"{N} x {K}  {name}{' nested' if double else ''}"
                 best = "  ".join(f"{a}/{b}: {gb_s}" for gb_s, a, b in sorted(tried, reverse=True))
                 print(f"{head}  GB/s now ({now[0]}/{now[1]}) {tried[0][0]}\n    {best}", flush=True)

@@ -4,7 +4,9 @@ SmolLM2-135M-Instruct, NF4 with double quantization, LoRA r=16 on all linears, f
 learned, AdamW.  Each side runs in a process of its own (peak memory is that of the process), the two by turns;
 a step is zero_grad, forward, backward, optimizer; the median step counts.
 
-usage: python benchmarks/bench_cpu_step.py [--rounds 2] [--steps 6] [--save]
+A shape that is not asked for keeps its row of results/cpu_step-cpu.json.
+
+usage: python benchmarks/bench_cpu_step.py [--shape 8x64] [--rounds 2] [--steps 6] [--save]
 """
 
 import argparse
@@ -19,7 +21,7 @@ from collections.abc import Callable
 
 import torch
 
-from result import finish  # isort: skip  (beside this script)
+from result import finish, kept_rows  # isort: skip  (beside this script)
 
 SHAPES = ((8, 64), (1, 64), (2, 512))
 R, ALPHA, LR = 16, 32, 1e-4
@@ -91,6 +93,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=2, help="processes of each side per shape")
     parser.add_argument("--steps", type=int, default=6, help="timed steps of each process")
+    parser.add_argument("--shape", action="append", help="rows x tokens, such as 8x64; may be given again (all three)")
     parser.add_argument("--save", action="store_true", help="write results/cpu_step-cpu.json")
     parser.add_argument("--one", nargs=4, metavar=("SIDE", "FOLDER", "B", "S"), help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -101,12 +104,13 @@ def main() -> None:
 
     import lora
 
-    rows = []
+    shapes = [tuple(map(int, shape.split("x"))) for shape in args.shape] if args.shape else list(SHAPES)
+    rows = kept_rows("cpu_step", lambda row: (row["batch"], row["length"]) not in shapes) if args.save else []
     with tempfile.TemporaryDirectory() as folder:
         model, tokenizer = lora.load(smollm2())
         lora.save_pretrained(model, tokenizer, f"{folder}/bf16")
         del model
-        for B, S in SHAPES:
+        for B, S in shapes:
             seconds: dict[str, list[float]] = {"ours": [], "peer": []}
             peak = {"ours": 0.0, "peer": 0.0}
             for _ in range(args.rounds):
@@ -131,6 +135,8 @@ def main() -> None:
             }
             rows.append(row)
             print("  ".join(f"{k} {v}" for k, v in row.items()), flush=True)
+    places = {shape: i for i, shape in enumerate(SHAPES)}
+    rows.sort(key=lambda row: places.get((row["batch"], row["length"]), len(SHAPES)))
     finish("cpu_step", rows, args.save)
 
 

@@ -354,10 +354,7 @@ def linear_rows() -> list[dict[str, Any]]:
 # The knobs, with the alternatives worth a measurement: (file, name of the knob, what it returns instead).
 NORM_TILES = [(1, 2), (1, 4), (1, 8), (1, 16), (2, 4), (2, 8), (4, 8)]
 GATE_TILES = [(512, 2), (1024, 2), (1024, 4), (1024, 8), (2048, 4), (2048, 8), (4096, 8), (4096, 16)]
-WALKS = [
-    *((4096, 4, 1), (4096, 8, 1), (8192, 8, 1), (8192, 16, 1), (8192, 32, 1), (16384, 32, 1)),
-    *((4096, 8, 3), (8192, 16, 2), (8192, 16, 3), (8192, 16, 4), (8192, 32, 3), (16384, 32, 2)),
-]
+WALKS = [(1024, 4), (2048, 4), (4096, 4), (4096, 8), (4096, 16), (8192, 8), (8192, 16), (8192, 32), (16384, 32)]
 SWEEP: dict[str, list[tuple[Any, str, list[Any]]]] = {
     "rms_norm forward": [(norm, "forward_tile", NORM_TILES)],
     "rms_norm_add forward": [(norm, "forward_tile", NORM_TILES)],

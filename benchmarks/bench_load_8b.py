@@ -1,8 +1,8 @@
 """How long does a 16-bit checkpoint of 8B take into NF4 on the GPU, and in how much memory, beside transformers?
 
-A checkpoint of Llama-3.1-8B's shape with random bfloat16 weights is written in shards of at most 5 GB, and read once, so
-that it lies in the page cache for both.  Each side loads it in a process of its own, by turns, after a checkpoint of a
-few MB: what a first call imports and compiles is `first`.  Nested NF4, the head left dense, on either side.
+A checkpoint of Llama-3.1-8B's shape with random bfloat16 weights is written in shards of at most 5 GB, and read once,
+so that it lies in the page cache for both.  Each side loads it in a process of its own, by turns, after a checkpoint of
+a few MB: what a first call imports and compiles is `first`.  Nested NF4, the head left dense, on either side.
     result   bytes of the loaded model on the GPU
     peak     torch's peak over the result: what loading needed besides
     host     largest resident size of the process, and what of it stood before the call
@@ -37,7 +37,7 @@ def write(folder: Path, layers: int, hidden: int, vocab: int) -> int:
     from tokenizers import Tokenizer, models
 
     wide, kv = hidden * 7 // 2, hidden // 4
-    shapes = {"model.embed_tokens.weight": (vocab, hidden)}
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocab, hidden)}
     for i in range(layers):
         at = f"model.layers.{i}."
         shapes |= {
@@ -58,7 +58,7 @@ def write(folder: Path, layers: int, hidden: int, vocab: int) -> int:
         shards[-1][name] = shape
         size, total = size + n, total + n
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for i, part in enumerate(shards, 1):
         file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
         tensors = {}
@@ -101,7 +101,7 @@ def theirs(folder: Path) -> Any:
 
 
 def resident_peak() -> int:
-    """Largest resident size of this process in bytes; getrusage's would begin with that of the process that started it."""
+    """Largest resident size of this process in bytes; getrusage's begins with that of the process that started it."""
     line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmHWM"))
     return int(line.split()[1]) * 1024
 

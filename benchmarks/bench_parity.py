@@ -71,7 +71,8 @@ def train(model: Llama, data: list[Batch], lr: float, fused: bool) -> list[float
     llama.FUSED = {"cuda"} if fused else set()
     graph._recordable = recordable
     optimizer = AdamW([p for p in model.parameters() if p.requires_grad])
-    graphs, losses = Graphs(model), []
+    graphs = Graphs(model)
+    losses: list[Tensor] = []
     for batch in data:
         with took(model, fused if len(losses) < 2 else None):  # later steps replay a graph of the second
             loss, _ = graphs.run(batch, batch.target.numel())

@@ -1,9 +1,9 @@
 """What do six adapters cost, trained at once on one base, beside six runs one after the other?
 
-Llama-3.2-1B's shape with random weights, NF4 with double quantization, LoRA on all linears, bfloat16, rows of 256 tokens
-all learned, 4 rows a batch and adapter: lora.fit six times, and lora.sweep once, as a user calls them.  Each is run for
-two numbers of steps: the difference gives a step without what comes once (data, probe, recording a graph), and the
-longer one is given whole.  A solo step is the median over the members.
+Llama-3.2-1B's shape with random weights, NF4 with double quantization, LoRA on all linears, bfloat16, rows of 256
+tokens all learned, 4 rows a batch and adapter: lora.fit six times, and lora.sweep once, as a user calls them.  Each is
+run for two numbers of steps: the difference gives a step without what comes once (data, probe, recording a graph), and
+the longer one is given whole.  A solo step is the median over the members.
 
 usage: python benchmarks/bench_sweep.py [--members 6] [--r 16] [--batch 4] [--length 256] [--steps 10 50]
        [--layers 16] [--eager] [--profile] [--save]     --r 8,16 gives half of the members each

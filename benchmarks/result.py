@@ -4,6 +4,7 @@ import datetime
 import json
 import os
 import platform
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,20 @@ def device_name() -> str:
     return f"{name}, {os.cpu_count()} cores"
 
 
+def _path(bench: str) -> Path:
+    kind = "gpu" if torch.cuda.is_available() else "cpu"
+    return Path(__file__).parent / "results" / f"{bench}-{kind}.json"
+
+
+def kept_rows(bench: str, keep: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
+    """The saved rows that `keep` says yes to: those of cases that this run leaves alone, each with its own date."""
+    path = _path(bench)
+    if not path.is_file():
+        return []
+    document = json.loads(path.read_text())
+    return [{"date": document["date"]} | row for row in document["rows"] if keep(row)]
+
+
 def finish(bench: str, rows: list[dict[str, Any]], save: bool) -> None:
     """Prints the JSON line and, with `save`, writes results/<bench>-<cpu or gpu>.json."""
     document = {
@@ -30,7 +45,5 @@ def finish(bench: str, rows: list[dict[str, Any]], save: bool) -> None:
         "rows": rows,
     }
     if save:
-        kind = "gpu" if torch.cuda.is_available() else "cpu"
-        path = Path(__file__).parent / "results" / f"{bench}-{kind}.json"
-        path.write_text(json.dumps(document, indent=1) + "\n")
+        _path(bench).write_text(json.dumps(document, indent=1) + "\n")
     print(json.dumps(document))

@@ -1,4 +1,4 @@
-"""4-bit code-book weights: floats to bytes, and bytes to floats.
+"""4-bit code-book weights: bytes to floats; encode4.py is the way there.
 
 A weight of n values, flattened in row order, becomes
     q       (ceil(n/2),) uint8     two codes a byte, value 2i in the HIGH half, 2i+1 in the LOW half
@@ -7,13 +7,14 @@ A weight of n values, flattened in row order, becomes
 Blocks run over the flattened weight, so one may straddle two rows.  Code books come from lora.quant.
 The block scales may themselves be bytes (code8.py): then absmax = map[byte] * absmax2 + offset, two roundings.
 
-Bytes that must move a weight, block 64, bfloat16: decode 0.5 + 1/16 read (nested 0.5 + 1/64), 2 written; encode
-the same the other way.  4096 x 4096 is 43 MB: 14 us at the 3.0 TB/s that an H100 copies.
+Bytes that must move a weight, block 64, bfloat16: 0.5 + 1/16 read (nested 0.5 + 1/64), 2 written.  4096 x 4096 is 43
+MB: 14 us at the 3.0 TB/s that an H100 copies.
 
 Source: QLoRA, arXiv:2305.14314, section 3; numbers equal bitsandbytes' bit for bit where its backends agree.
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,37 +26,26 @@ from lora.kernels.scratch import scratch
 TINY = torch.finfo(torch.float32).tiny  # below it 1/absmax may overflow, and GPUs flush it to zero
 NESTED = 256  # block scales that share one scale of their own, where they are bytes
 
-# What a program and a thread of the kernels take.  A thread takes 16 bytes, 32 values: whole 16-byte loads and stores
+# What a program and a thread of the kernel take.  A thread takes 16 bytes, 32 values: whole 16-byte loads and stores
 # of 16-bit values, and then no value changes its thread on the way (seen in the code made by Triton 3.6 for sm_90).
 DECODE_BYTES, DECODE_BYTES_THREAD = 2048, 16
-ENCODE_VALUES, ENCODE_VALUES_THREAD = 1024, 32
+
+
+Low = tuple[Tensor, Tensor, float]  # a low-rank update beside a weight: a (r, K), b (N, r), s
+
+
+class Weight4(NamedTuple):
+    """A 4-bit matrix (N, K): what a product needs to know of it."""
+
+    q: Tensor  # bytes, flat
+    scales: tuple[Tensor, ...]  # (absmax,), or nested: (q, code, absmax, offset) of `dequantize_scales`
+    table: Tensor  # byte_table of the code
+    permute: Tensor  # permute_table of the code
+    block: int
+    shape: tuple[int, int]
 
 
 # ---- reference ----
-def quantize4_ref(w: Tensor, code: Tensor, block: int) -> tuple[Tensor, Tensor]:
-    """`quantize4` in torch, for any floating dtype."""
-    flat, n = w.detach().reshape(-1), w.numel()
-    thresholds, order = decisions(code)
-    to_code = order.to(torch.uint8)
-    q = torch.empty((n + 1) // 2, dtype=torch.uint8, device=w.device)
-    absmax = torch.empty(-(-n // block), dtype=torch.float32, device=w.device)
-    chunk = block * max(1, 2**20 // block)  # values at a time: bounds the float32 and index copies to some 15 MB
-    for start in range(0, n, chunk):
-        part = flat[start : start + chunk].float()
-        short = -part.numel() % block
-        if short:
-            part = torch.nn.functional.pad(part, (0, short))
-        part = part.view(-1, block)
-        scale = part.abs().amax(dim=1)  # (blocks,)
-        scale = torch.where(scale < TINY, 0.0, scale)
-        inverse = torch.where(scale > 0, 1.0 / scale, 0.0)
-        s = (part * inverse[:, None]).reshape(-1)
-        index = to_code[torch.bucketize(s, thresholds, out_int32=True)]
-        q[start // 2 : (start + chunk) // 2] = ((index[::2] << 4) | index[1::2])[: q.numel() - start // 2]
-        absmax[start // block : (start + chunk) // block] = scale
-    return q, absmax
-
-
 def dequantize4_ref(
     q: Tensor, scales: Sequence[Tensor], table: Tensor, block: int, n: int, out: Tensor, start: int = 0
 ) -> Tensor:
@@ -70,7 +60,7 @@ def dequantize4_ref(
     lanes = 1 << (torch.get_num_threads() - 1).bit_length() if on_cpu else 1  # gather splits its work over rows only
     chunk = 2**20 if on_cpu else 2**24  # bytes; a multiple of every block size
     first, last = start // 2, (start + n + 1) // 2  # bytes
-    direct = out.dtype == torch.float32
+    direct = out.dtype == torch.float32 and out.storage_offset() % 2 == 0  # a pair is written as one int64
     part = out if direct else scratch(min(chunk, last - first) * 2, torch.float32, q.device, "chunk")
     for a in range(first, last, chunk):
         byte = q[a : min(a + chunk, last)]
@@ -113,76 +103,7 @@ def byte_table(code: Tensor) -> Tensor:
     return torch.stack((code.repeat_interleave(16), code.repeat(16)), dim=1)
 
 
-def decisions(code: Tensor) -> tuple[Tensor, Tensor]:
-    """The float32 midpoints (15,) of the sorted levels of `code` (16,), and the code (16,) of each sorted level."""
-    levels, order = torch.sort(code, stable=True)
-    return (levels[:-1] + levels[1:]) / 2, order
-
-
-def decision_cells(code: Tensor) -> Tensor:
-    """What the kernel looks a scaled value s up in: one int64 a cell, on the device of `code`.
-
-    [-1, 1] is cut into cells so narrow that none holds two thresholds (1/16 wide for NF4, 1/512 for FP4), so that
-    one look-up and one comparison decide.  A cell holds, from the low end: its threshold as float32 (inf where it
-    has none), the code below it (4 bits), the code above it (4 bits).
-
-    The cell of s is the low bits of the float32 sum s + 1.5 * 2**23 * width, which rounds s to a multiple of the
-    width, by the same sum here and in the kernel.  Rounding is monotonic, so the comparison decides exactly.
-    """
-    thresholds, order = decisions(code.cpu())
-    for log in range(4, 13):
-        magic = torch.tensor(1.5 * 2.0 ** (23 - log))
-        place = (thresholds + magic).view(torch.int32) - magic.view(torch.int32)  # (15,) multiples of the width
-        if place.unique().numel() == thresholds.numel():
-            break
-    else:
-        raise ValueError(f"two thresholds of the code {code.tolist()} are less than 1/4096 apart")
-    j = torch.arange(-(2 << log), 2 << log, dtype=torch.int32)  # more than [-1, 1]: a power of two of cells
-    below = torch.searchsorted(place, j)  # thresholds in the cells before j
-    threshold = torch.where(torch.isin(j, place), thresholds[below.clamp(max=14)], torch.inf)
-    codes = order[below] | order[(below + 1).clamp(max=15)] << 4
-    cells = torch.empty(j.numel(), dtype=torch.int64)
-    low = threshold.view(torch.int32).long() & 0xFFFFFFFF
-    cells[j.long() & (j.numel() - 1)] = codes << 32 | low
-    return cells.to(code.device)
-
-
 # ---- kernel ----
-@triton.jit
-def _quantize_kernel(
-    w_ptr,  # (n,) f32, bf16 or f16
-    cells_ptr,  # (CELLS,) i64 of decision_cells
-    q_ptr,  # (P,) u8
-    absmax_ptr,  # (B,) f32
-    n,
-    P,
-    B,
-    BLOCK: tl.constexpr,
-    ROWS: tl.constexpr,  # blocks a program
-    CELLS: tl.constexpr,
-    MAGIC: tl.constexpr,
-):
-    # Flat tiles: in two dimensions Triton lays a look-up out another way than the loads, and moves every value
-    TILE: tl.constexpr = ROWS * BLOCK
-    row = tl.program_id(0).to(tl.int64) * ROWS
-    i = row * BLOCK + tl.arange(0, TILE)
-    x = tl.load(w_ptr + i, mask=i < n, other=0.0).to(tl.float32)
-    # Magnitudes order as integers do, and there NaN stands above inf: a maximum of floats would drop it
-    magnitude = tl.reshape(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, (ROWS, BLOCK))
-    bits = tl.max(magnitude, axis=1)  # (ROWS,)
-    absmax = tl.where(bits < 0x00800000, 0, bits).to(tl.float32, bitcast=True)  # subnormal: 0
-    inverse = tl.where(absmax > 0, tl.div_rn(1.0, tl.where(absmax > 0, absmax, 1.0)), 0.0)
-    b = row + tl.arange(0, ROWS)
-    tl.store(absmax_ptr + b, absmax, mask=b < B)
-    s = x * tl.reshape(tl.broadcast_to(inverse[:, None], (ROWS, BLOCK)), (TILE,))
-    cell = tl.load(cells_ptr + ((s + MAGIC).to(tl.int32, bitcast=True) & (CELLS - 1)))  # any s, NaN too, has a cell
-    codes = (cell >> 32).to(tl.int32)
-    code = tl.where(s > cell.to(tl.int32).to(tl.float32, bitcast=True), codes >> 4, codes)  # low 4 bits count
-    high, low = tl.split(tl.reshape(code, (TILE // 2, 2)))
-    p = row * (BLOCK // 2) + tl.arange(0, TILE // 2)
-    tl.store(q_ptr + p, ((high << 4) | (low & 15)).to(tl.uint8), mask=p < P)
-
-
 @triton.jit
 def _dequantize_kernel(
     q_ptr,  # (ceil(n/2),) u8, all of the weight
@@ -229,55 +150,6 @@ def _dequantize_kernel(
 
 
 # ---- launch ----
-@torch.library.custom_op("lora::quantize4", mutates_args=())
-def _quantize4(w: Tensor, cells: Tensor, block: int) -> tuple[Tensor, Tensor]:
-    n = w.numel()
-    q = torch.empty((n + 1) // 2, dtype=torch.uint8, device=w.device)
-    absmax = torch.empty(-(-n // block), dtype=torch.float32, device=w.device)
-    rows = max(1, ENCODE_VALUES // block)
-    with torch.cuda.device_of(w):  # Triton launches on the current device, not on the tensors'
-        _quantize_kernel[(-(-absmax.numel() // rows),)](
-            w,
-            cells,
-            q,
-            absmax,
-            n,
-            q.numel(),
-            absmax.numel(),
-            BLOCK=block,
-            ROWS=rows,
-            CELLS=cells.numel(),
-            MAGIC=1.5 * 2**25 / cells.numel(),
-            num_warps=rows * block // (32 * ENCODE_VALUES_THREAD),
-            enable_fp_fusion=False,
-        )
-    return q, absmax
-
-
-@_quantize4.register_fake
-def _(w: Tensor, cells: Tensor, block: int) -> tuple[Tensor, Tensor]:
-    n = w.numel()
-    return w.new_empty((n + 1) // 2, dtype=torch.uint8), w.new_empty(-(-n // block), dtype=torch.float32)
-
-
-def quantize4(w: Tensor, code: Tensor, block: int, cells: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Bytes and block scales of `w`, any shape and floating dtype, by the nearest of 16 levels.
-
-    Per value: s = float32(w) * (1 / absmax), an IEEE reciprocal and a product; the code is the number
-    of thresholds that s exceeds strictly, so a tie goes to the lower level.  Thresholds are the float32
-    midpoints of the sorted levels.  A block whose absmax is 0 (or subnormal) stores absmax 0 and the
-    code of 0.0.  An odd count is padded with the code of 0.0.  A block that holds NaN has absmax NaN.
-
-    `cells` is `decision_cells(code)`; making it anew waits for the GPU.
-    """
-    _check_block(block)
-    if not use_triton(w, code):
-        return quantize4_ref(w, code, block)
-    if cells is None:
-        cells = decision_cells(code)
-    return _quantize4(w.detach().contiguous(), cells, block)
-
-
 @torch.library.custom_op("lora::dequantize4", mutates_args=("out",))
 def _dequantize4(
     q: Tensor, scales: Sequence[Tensor], table: Tensor, out: Tensor, block: int, n: int, start: int
@@ -364,7 +236,7 @@ def dequantize4(
 
 def check4(q: Tensor, scales: Sequence[Tensor], block: int, n: int) -> None:
     """Refuses bytes and scales that cannot hold n values: a kernel would read past their end."""
-    _check_block(block)
+    check_block4(block)
     if q.dtype != torch.uint8 or not q.is_contiguous() or 2 * q.numel() < n:
         raise ValueError(
             f"q is {q.dtype} of shape {tuple(q.shape)}{'' if q.is_contiguous() else ', not contiguous'}; "
@@ -385,6 +257,7 @@ def check4(q: Tensor, scales: Sequence[Tensor], block: int, n: int) -> None:
             )
 
 
-def _check_block(block: int) -> None:
+def check_block4(block: int) -> None:
+    """Refuses a block size that no kernel takes."""
     if block < 32 or block & (block - 1) or block > 4096:
         raise ValueError(f"block={block}: a block holds a power of two of values, 32 to 4096")

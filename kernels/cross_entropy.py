@@ -23,10 +23,9 @@ from lora.kernels import gemm
 from lora.kernels._triton import tl, triton
 from lora.kernels.dispatch import on_gpu, use_triton
 
-# Bytes of logits alive at once, float32 on a CPU, those of h on a GPU.  On a CPU 128 rows of a 49 152-word
-# vocabulary: the C library gives larger blocks back to the system at every free, and a softmax into fresh pages
-# takes three times as long.
-BUDGET = {"cpu": 24 * 2**20}
+# Bytes of logits alive at once, float32 on a CPU, those of h on a GPU.  On a CPU 256 rows of a 49 152-word
+# vocabulary: the products of 128 are slower by a tenth (LOG.md, 2026-11-27).
+BUDGET = {"cpu": 48 * 2**20}
 BUDGET_GPU = 2**28
 
 
@@ -38,8 +37,14 @@ def chunk_rows(V: int, itemsize: int, budget: int = BUDGET_GPU) -> int:
 
 # ---- reference ----
 def _overwrite_ref(logits: Tensor, target: Tensor, want_dz: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """nll (n,), hit (n,) and softmax - onehot (n, V), the last only with `want_dz`."""
+    """nll (n,), hit (n,) and softmax - onehot (n, V), the last only with `want_dz`, and then over the logits."""
     dtype, t = logits.dtype, target[:, None]
+    if want_dz and dtype in (torch.float32, torch.float64) and logits.device.type == "cpu":
+        top, at = logits.amax(dim=1), logits.gather(1, t)[:, 0]
+        p = torch.ops.aten._softmax.out(logits, -1, False, out=logits)
+        # the likeliest has p = exp(0) / Σ, which gives log Σ exactly however small p of the target is
+        nll = (top - at).sub_(p.amax(dim=1).log_())
+        return nll, at >= top, p.scatter_add_(1, t, p.new_full(t.shape, -1.0))
     logp = torch.log_softmax(logits.float(), dim=-1)  # (n, V)
     del logits
     at = logp.gather(1, t)
@@ -74,17 +79,23 @@ def _row_statistics(
     row_ptr,  # (V,)
     V,
     BLOCK: tl.constexpr,
-    STAGES: tl.constexpr,
+    KEEP: tl.constexpr,  # ask the cache for the row again soon
 ):
-    # each lane keeps a maximum and a sum of its own, so that the loop has no exchange between threads
+    # Each lane of 8 neighbours, which one thread loads at once, keeps a maximum and a sum of its own: the loop has no
+    # exchange between threads, and shrinks a sum once for 8 logits
+    LANES: tl.constexpr = BLOCK // 8
     col = tl.arange(0, BLOCK)
-    top = tl.full((BLOCK,), -3.0e38, dtype=tl.float32)  # finite: -inf - -inf is NaN
-    total = tl.zeros((BLOCK,), dtype=tl.float32)
-    for start in tl.range(0, V, BLOCK, num_stages=STAGES):
-        z = tl.load(row_ptr + start + col, mask=start + col < V, other=-float("inf")).to(tl.float32)
-        e = tl.exp(-tl.abs(z - top))  # one exponential serves both cases
-        total = tl.where(z > top, total * e + 1.0, total + e)
-        top = tl.where(z > top, z, top)
+    top = tl.full((LANES,), -3.0e38, dtype=tl.float32)  # finite: -inf - -inf is NaN
+    total = tl.zeros((LANES,), dtype=tl.float32)
+    for start in range(0, V, BLOCK):
+        if KEEP:
+            z = tl.load(row_ptr + start + col, mask=start + col < V, other=-float("inf"), eviction_policy="evict_last")
+        else:
+            z = tl.load(row_ptr + start + col, mask=start + col < V, other=-float("inf"))
+        z = tl.reshape(z.to(tl.float32), (LANES, 8))
+        higher = tl.maximum(top, tl.max(z, axis=1))
+        total = total * tl.exp(top - higher) + tl.sum(tl.exp(z - higher[:, None]), axis=1)
+        top = higher
     largest = tl.max(top, axis=0)
     return largest, tl.sum(total * tl.exp(top - largest), axis=0)
 
@@ -93,21 +104,17 @@ def _row_statistics(
 def _write_gradient(
     z_ptr,  # (V,)
     dz_ptr,  # (V,), may be z_ptr
+    col,  # (BLOCK,) of V
     V,
     t,
     largest,
     inverse,  # 1 / Σ exp(z - largest)
     g,
-    BLOCK: tl.constexpr,
-    STAGES: tl.constexpr,
 ):
-    offs = tl.arange(0, BLOCK)
-    for start in tl.range(0, V, BLOCK, num_stages=STAGES):
-        col = start + offs
-        z = tl.load(z_ptr + col, mask=col < V, other=0.0).to(tl.float32)
-        p = tl.exp(z - largest) * inverse
-        dz = tl.where(col == t, p - 1.0, p) * g
-        tl.store(dz_ptr + col, dz.to(dz_ptr.dtype.element_ty), mask=col < V)
+    z = tl.load(z_ptr + col, mask=col < V, other=0.0, eviction_policy="evict_first").to(tl.float32)
+    p = tl.exp(z - largest) * inverse
+    dz = tl.where(col == t, p - 1.0, p) * g
+    tl.store(dz_ptr + col, dz.to(dz_ptr.dtype.element_ty), mask=col < V, eviction_policy="evict_first")
 
 
 @triton.jit
@@ -121,7 +128,6 @@ def _statistics_kernel(
     stride_n,
     OVERWRITE: tl.constexpr,  # logits become softmax - onehot
     BLOCK: tl.constexpr,
-    STAGES: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     row_ptr = logits_ptr + row * stride_n
@@ -129,13 +135,14 @@ def _statistics_kernel(
     is_word = (t >= 0) & (t < V)
     z_t = tl.load(row_ptr + t, mask=is_word, other=0.0).to(tl.float32)
     z_t = tl.where(is_word, z_t, float("nan"))
-    largest, total = _row_statistics(row_ptr, V, BLOCK, STAGES)
+    largest, total = _row_statistics(row_ptr, V, BLOCK, OVERWRITE)
     tl.store(nll_ptr + row, (largest - z_t) + tl.log(total))  # the difference first: z may be thousands
     tl.store(hit_ptr + row, (z_t >= largest).to(tl.uint8))
     if OVERWRITE:
         inverse = tl.where(is_word, 1.0 / total, float("nan"))
         tl.debug_barrier()  # every warp has read z_t before one writes over it
-        _write_gradient(row_ptr, row_ptr, V, t, largest, inverse, 1.0, BLOCK, STAGES)
+        for start in range(0, V, BLOCK):
+            _write_gradient(row_ptr, row_ptr, start + tl.arange(0, BLOCK), V, t, largest, inverse, 1.0)
     else:
         tl.store(stats_ptr + 2 * row, largest)
         tl.store(stats_ptr + 2 * row + 1, total)
@@ -150,23 +157,24 @@ def _gradient_kernel(
     dz_ptr,  # (n, V) contiguous
     V,
     stride_n,
+    blocks,  # of a row
     BLOCK: tl.constexpr,
-    STAGES: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)
+    row = (tl.program_id(0) // blocks).to(tl.int64)
+    col = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     t = tl.load(target_ptr + row)
     largest = tl.load(stats_ptr + 2 * row)
     total = tl.load(stats_ptr + 2 * row + 1)
     inverse = tl.where((t >= 0) & (t < V), 1.0 / total, float("nan"))
     g = tl.load(g_ptr + row)
-    _write_gradient(logits_ptr + row * stride_n, dz_ptr + row * V, V, t, largest, inverse, g, BLOCK, STAGES)
+    _write_gradient(logits_ptr + row * stride_n, dz_ptr + row * V, col, V, t, largest, inverse, g)
 
 
 # ---- launch ----
-def tile(V: int) -> tuple[int, int, int]:
-    """Values, warps and loads in flight of a step along a row of V logits: 16 values a thread."""
-    block = max(32, min(8192, 1 << (V - 1).bit_length()))
-    return block, max(1, block // 512), 1
+def tile(V: int, most: int) -> tuple[int, int]:
+    """Values and warps of a step along a row of V logits: 16 values a thread, at most `most`."""
+    block = max(32, min(most, 1 << (V - 1).bit_length()))
+    return block, max(1, block // 512)
 
 
 def _launch(logits: Tensor, target: Tensor, overwrite: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -174,12 +182,14 @@ def _launch(logits: Tensor, target: Tensor, overwrite: bool) -> tuple[Tensor, Te
     nll = torch.empty(n, dtype=torch.float32, device=logits.device)
     hit = torch.empty(n, dtype=torch.bool, device=logits.device)
     stats = torch.empty((0 if overwrite else n, 2), dtype=torch.float32, device=logits.device)
-    BLOCK, num_warps, STAGES = tile(V)
+    # wide, so that few rows are at work at once and much of them is in the cache when OVERWRITE reads them again; the
+    # same for both, so that a loss has the same bits with and without a gradient
+    BLOCK, num_warps = tile(V, 16384)
     if n:
         with torch.cuda.device_of(logits):  # Triton launches on the current device, not on the tensors'
             _statistics_kernel[(n,)](
                 logits, target, nll, hit.view(torch.uint8), stats, V, logits.stride(0),
-                OVERWRITE=overwrite, BLOCK=BLOCK, STAGES=STAGES, num_warps=num_warps,
+                OVERWRITE=overwrite, BLOCK=BLOCK, num_warps=num_warps,
             )  # fmt: skip
     return nll, hit, stats
 
@@ -211,12 +221,13 @@ def _(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def _gradient_op(logits: Tensor, target: Tensor, stats: Tensor, g: Tensor) -> Tensor:
     n, V = logits.shape
     dz = torch.empty((n, V), dtype=logits.dtype, device=logits.device)
-    BLOCK, num_warps, STAGES = tile(V)
+    BLOCK, num_warps = tile(V, 2048)
+    blocks = -(-V // BLOCK)
     if n:
         with torch.cuda.device_of(logits):
-            _gradient_kernel[(n,)](
-                logits, target, stats, g, dz, V, logits.stride(0), BLOCK=BLOCK, STAGES=STAGES, num_warps=num_warps
-            )  # fmt: skip
+            _gradient_kernel[(n * blocks,)](
+                logits, target, stats, g, dz, V, logits.stride(0), blocks, BLOCK=BLOCK, num_warps=num_warps
+            )
     return dz
 
 

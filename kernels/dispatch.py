@@ -66,3 +66,8 @@ def use_triton(*tensors: Tensor) -> bool:
             raise RuntimeError(f"LORA_KERNELS=triton, but the tensors are {dtypes}; kernels take 32 and 16 bits")
         return True
     return wish == "auto" and there and _triton.AVAILABLE and not wide
+
+
+def can_overlap(device: torch.device) -> bool:
+    """Whether a launch may begin while the one before it ends (programmatic dependent launch: Hopper and later)."""
+    return not INTERPRETED and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lora.kernels.causal import can_causal, causal_attention
+
 
 @functools.cache
 def _varlen() -> Callable[..., Any] | None:
@@ -45,7 +47,7 @@ def document_attention(
     varlen = _varlen() if q.is_cuda and softcap is None and q.dtype in (torch.bfloat16, torch.float16) else None
     if varlen is not None:
         return _ragged(varlen, q, k, v, tuple(map(tuple, lengths)), window, scale)
-    if q.shape[1] > k.shape[1]:
+    if q.shape[1] > k.shape[1] and not (softcap is None and can_causal(q, k)):
         k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for t in (k, v))
     rows = []
     for b, row in enumerate(lengths):
@@ -80,6 +82,8 @@ def _ragged(
 
 
 def _alone(q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float | None, softcap: float | None) -> Tensor:
+    if softcap is None and can_causal(q[None], k[None]):
+        return causal_attention(q[None], k[None], v[None], window=window, scale=scale)[0]
     L = q.shape[1]
     mask = None
     if softcap is not None or (window is not None and window < L):

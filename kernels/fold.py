@@ -356,7 +356,8 @@ def backward(
 
 def _backward_parts(group: Group, dy: Tensor, t: Tensor) -> tuple[Tensor, list[Tensor | None]]:
     """U (k, M / k, Σ r) and db_i (k, N_i, r_i) of dY (M, Σ N)."""
-    u, dbs = torch.empty_like(t), []
+    u = torch.empty_like(t)
+    dbs: list[Tensor | None] = []
     row = at = 0
     for n, r, low in zip(group.sizes, group.ranks, group.lows, strict=True):
         part = _runs(group, dy[:, row : row + n])  # (k, M / k, N)

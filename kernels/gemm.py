@@ -23,6 +23,12 @@ def _is_amd() -> bool:
     return "AuthenticAMD" in vendor
 
 
+@functools.cache
+def _has_avx512() -> bool:
+    info = Path("/proc/cpuinfo")
+    return info.is_file() and " avx512f" in info.read_text()
+
+
 def _by_onednn(x: Tensor, w: Tensor) -> bool:
     return (
         x.device.type == "cpu"
@@ -43,6 +49,6 @@ def linear(x: Tensor, w: Tensor) -> Tensor:
 
 def matmul(x: Tensor, w: Tensor) -> Tensor:
     """x w for x (M, N), w (N, K). No gradient: call it inside an autograd function."""
-    if _by_onednn(x, w):
+    if _has_avx512() and _by_onednn(x, w):
         return torch.ops.mkldnn._linear_pointwise(x, w.T, None, "none", [], "")
     return x @ w

@@ -9,28 +9,15 @@ Source: QLoRA, arXiv:2305.14314, section 3; LoRA, arXiv:2106.09685, section 4.1.
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lora.kernels import gemm
-from lora.kernels.code4 import dequantize4
-from lora.kernels.gemv4 import can_gemv4, gemv4
+from lora.kernels.code4 import Low, Weight4, dequantize4
+from lora.kernels.gemv4 import can_gemv4, down, gemv4, gemv4_group
 from lora.kernels.scratch import borrowed, mine, scratch
-
-Low = tuple[Tensor, Tensor, float]  # a (r, K), b (N, r), s
-
-
-class Weight4(NamedTuple):
-    """A 4-bit matrix (N, K): what a product needs to know of it."""
-
-    q: Tensor  # bytes, flat
-    scales: tuple[Tensor, ...]  # (absmax,), or nested: (q, code, absmax, offset) of `dequantize_scales`
-    table: Tensor  # byte_table of the code
-    permute: Tensor  # permute_table of the code
-    block: int
-    shape: tuple[int, int]
 
 
 def _unpack(weights: Sequence[Weight4], like: Tensor) -> Tensor:
@@ -157,10 +144,13 @@ def linears4(
     learns = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *flat))
     if not learns and all(can_gemv4(x, w.q, w.block, K) for w in weights):
         rows = x.reshape(-1, K).contiguous()
-        return tuple(
-            gemv4(rows, w.q, w.scales, w.permute, w.block, w.shape[0], bias, low).view(*x.shape[:-1], w.shape[0])
-            for w, bias, low in zip(weights, biases, lows, strict=True)
-        )
+        if len({(len(w.scales), w.block) for w in weights}) == 1:
+            have = [low for low in lows if low is not None]
+            xa = down([a for a, _, _ in have], [s for _, _, s in have], rows) if have else None
+            ys = gemv4_group(rows, weights, biases, [low[1] if low else None for low in lows], xa)
+        else:
+            ys = tuple(gemv4(rows, w, bias, low) for w, bias, low in zip(weights, biases, lows, strict=True))
+        return tuple(y.view(*x.shape[:-1], y.shape[1]) for y in ys)
     flat = [t if t is None else t.to(x.dtype) for t in flat]  # the factors are float32, and enter in the dtype of x
     y = _Linear4.apply(x, tuple(weights), tuple(low[2] if low else 0.0 for low in lows), *flat)
     return y if isinstance(y, tuple) else (y,)

@@ -42,6 +42,8 @@ class _AddLowRank(torch.autograd.Function):
 
 def add_low_rank(y: Tensor, x: Tensor, a: Tensor, b: Tensor, s: float) -> Tensor:
     """y + s (x aᵀ) bᵀ, written over y, which must be a fresh result; all of one dtype."""
+    if torch.compiler.is_compiling():  # a compiler fuses the plain formula by itself, and cannot look into ours
+        return y + (x @ a.T @ b.T) * s
     if y._is_view() or not y.is_contiguous():  # some layers end in a view, whose in-place change autograd forbids
         y = y.clone(memory_format=torch.contiguous_format)
     return _AddLowRank.apply(y, x, a, b, s)

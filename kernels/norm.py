@@ -10,6 +10,8 @@ Bytes that must move, in tensors of M x d: forward 2, with a residual 4; backwar
 Source: arXiv:1910.07467, and transformers' LlamaRMSNorm, whose numbers it matches.
 """
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -101,13 +103,14 @@ def _backward_kernel(
     Y: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    STAGES: tl.constexpr,  # steps whose rows are on their way or at work at once
 ):
     pid = tl.program_id(0)
     programs = tl.num_programs(0)
     col = tl.arange(0, BLOCK_D)[None, :]  # (1, BLOCK_D)
     w = tl.load(w_ptr + col, mask=col < D, other=0.0).to(tl.float32)
     dw = tl.zeros((ROWS, BLOCK_D), dtype=tl.float32)
-    for step in range(steps):
+    for step in tl.range(0, steps, num_stages=STAGES):
         block = (step * programs + pid).to(tl.int64)
         row = block * ROWS + tl.arange(0, ROWS)[:, None]  # (ROWS, 1) int64
         mask = (row < M) & (col < D)
@@ -130,6 +133,23 @@ def _backward_kernel(
         tl.store(dw_ptr + pid.to(tl.int64) * D + out, tl.sum(dw, axis=0), mask=out < D)
 
 
+@triton.jit
+def _sum_kernel(
+    part_ptr,  # (P, D) f32
+    dw_ptr,  # (D,)
+    P,
+    D,
+    ROWS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    col = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    acc = tl.zeros((ROWS, BLOCK_D), dtype=tl.float32)
+    for start in range(0, P, ROWS):
+        row = (start + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+        acc += tl.load(part_ptr + row * D + col[None, :], mask=(row < P) & (col[None, :] < D), other=0.0)
+    tl.store(dw_ptr + col, tl.sum(acc, axis=0).to(dw_ptr.dtype.element_ty), mask=col < D)
+
+
 # ---- launch ----
 def forward_tile(block_d: int) -> tuple[int, int]:
     """Rows and warps of a program whose rows are padded to `block_d`: about 4096 values, 32 a thread."""
@@ -138,14 +158,33 @@ def forward_tile(block_d: int) -> tuple[int, int]:
 
 
 def backward_tile(block_d: int, want_dw: bool) -> tuple[int, int]:
-    """The same of a backward; 16 values a thread where dw is summed, which takes a register a value more."""
-    rows, num_warps = forward_tile(block_d)
-    return rows, min(32, 2 * num_warps) if want_dw else num_warps
+    """The same of a backward; where dw is summed about 8192 values, while the next rows are on their way."""
+    if not want_dw:
+        return forward_tile(block_d)
+    rows = max(1, min(32, 8192 // block_d))
+    return rows, max(1, min(32, rows * block_d // 1024))
 
 
 def programs_of(blocks: int, want_dw: bool) -> int:
-    """Programs of a backward over `blocks` blocks of rows: one each, or four a multiprocessor where each sums dw."""
-    return min(blocks, 4 * 132) if want_dw else blocks
+    """Programs of a backward over `blocks` blocks of rows: one each, or one a multiprocessor where each sums dw.
+
+    The count of an H100, on every card: it decides what is added to what.
+    """
+    return min(blocks, 132) if want_dw else blocks
+
+
+@functools.cache
+def _shared_memory(index: int) -> int:
+    """Bytes of shared memory that a program may take on GPU `index`, as Triton counts them."""
+    return triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"]
+
+
+def _stages(nbytes: int, device: torch.device) -> int:
+    """Steps of `nbytes` at once: three where shared memory has room for them and for what a reduction needs."""
+    if device.type != "cuda":
+        return 1
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return 3 if 3 * nbytes <= _shared_memory(index) - 2**14 else 1
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -212,10 +251,10 @@ def _(x: Tensor, residual: Tensor | None, w: Tensor, eps: float, out: Tensor) ->
 def _launch_backward(
     dy: Tensor, ds: Tensor | None, x: Tensor, w: Tensor, r: Tensor, want_dw: bool, dx: Tensor, y: Tensor | None
 ) -> Tensor:
-    """Writes dx and y, returns dw (nothing in it unless wanted)."""
+    """Writes dx and y, returns dw in the dtype of w (nothing in it unless wanted)."""
     d = x.shape[-1]
     if not x.numel():
-        return torch.zeros(d if want_dw else 0, dtype=torch.float32, device=x.device)
+        return torch.zeros(d if want_dw else 0, dtype=w.dtype, device=x.device)
     dy, x, w = _rows(dy), _rows(x), w.contiguous()
     added = dy if ds is None else _rows(ds)
     BLOCK_D = triton.next_power_of_2(d)
@@ -223,15 +262,20 @@ def _launch_backward(
     blocks = -(-x.shape[0] // ROWS)
     steps = -(-blocks // programs_of(blocks, want_dw))
     programs = -(-blocks // steps)
-    dw = torch.empty((programs if want_dw else 0, d), dtype=torch.float32, device=x.device)
+    part = torch.empty((programs if want_dw else 0, d), dtype=torch.float32, device=x.device)
+    dw = torch.empty(d if want_dw else 0, dtype=w.dtype, device=x.device)
+    nbytes = ROWS * BLOCK_D * (dy.element_size() + x.element_size() + (0 if ds is None else added.element_size()))
     with torch.cuda.device_of(x):
         _backward_kernel[(programs,)](
-            dy, added, x, w, r.contiguous(), dx, dw, dx if y is None else y, x.shape[0], steps,
+            dy, added, x, w, r.contiguous(), dx, part, dx if y is None else y, x.shape[0], steps,
             dy.stride(0), added.stride(0), x.stride(0), dx.stride(-2) if dx.dim() > 1 else d,
             d if y is None else y.stride(0),
-            D=d, ADD=ds is not None, DW=want_dw, Y=y is not None, ROWS=ROWS, BLOCK_D=BLOCK_D, num_warps=num_warps,
+            D=d, ADD=ds is not None, DW=want_dw, Y=y is not None, ROWS=ROWS, BLOCK_D=BLOCK_D,
+            STAGES=_stages(nbytes, x.device) if want_dw else 1, num_warps=num_warps,
         )  # fmt: skip
-    return dw.sum(dim=0) if want_dw else dw.view(0)
+        if want_dw:
+            _sum_kernel[(-(-d // 16),)](part, dw, programs, d, ROWS=64, BLOCK_D=16, num_warps=4)
+    return dw
 
 
 @torch.library.custom_op("lora::rms_norm_backward", mutates_args=())
@@ -256,7 +300,7 @@ def _(dy: Tensor, ds: Tensor | None, x: Tensor, w: Tensor, r: Tensor, dx: Tensor
 
 @_backward_op.register_fake
 def _(dy: Tensor, ds: Tensor | None, x: Tensor, w: Tensor, r: Tensor, want_dw: bool) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape), x.new_empty(x.shape[-1] if want_dw else 0, dtype=torch.float32)
+    return x.new_empty(x.shape), w.new_empty(x.shape[-1] if want_dw else 0)
 
 
 def rms_norm_forward(
@@ -299,7 +343,7 @@ def rms_norm_backward(
     if dy is None or not use_triton(dy, x, w, r, *(() if ds is None else (ds,))):
         return _backward_ref(dy, ds, x, w, r, want_dx, want_dw)
     dx, dw = _backward_op(dy, ds, x, w, r, want_dw)
-    return dx if want_dx else None, dw.to(w.dtype) if want_dw else None
+    return dx if want_dx else None, dw if want_dw else None
 
 
 def rms_norm_backward_into(

@@ -441,7 +441,9 @@ def _combine(a: Namespace) -> None:
 # ---- plan ----
 def _plan_arguments() -> ArgumentParser:
     p = ArgumentParser(description="Memory and time of a training step, before anything is loaded.")
-    p.add_argument("--model", type=str, required=True, help="model folder (its config.json will do) or .gguf file")
+    p.add_argument(
+        "--model", type=str, required=True, help="model folder (config.json will do), .gguf file or hub name"
+    )
     p.add_argument("--method", choices=("qlora", "lora", "full"), default="qlora", help="what is trained, on what base")
     p.add_argument("--batch", type=int, default=4, help="rows that run together")
     p.add_argument("--length", type=int, default=2048, help="tokens of each")

@@ -73,7 +73,7 @@ class Adapter(nn.Module):
         self.b = nn.Parameter(torch.empty(n_rows, r, dtype=torch.float32, device=device))
         self.scale, self.dropout, self.n_out, self.stacked = scale, dropout, n_out, 1
         self.register_parameter("magnitude", None)
-        self.register_module("bias", None)
+        self.bias = None
         for key in ("a0", "b0", "row"):
             self.register_buffer(key, None)
         if rows:

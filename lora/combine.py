@@ -10,6 +10,7 @@ Source: Eckart and Young, 1936; peft's add_weighted_adapter for the names.
 """
 
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,6 +48,8 @@ class Combined:
     error: float
 
     def __str__(self) -> str:
+        if not self.errors:
+            return f"{self.out}: a copy, rank {self.r}"
         worst = max(self.errors, key=lambda name: self.errors[name])
         return (
             f"{self.out}: rank {self.r}, {len(self.errors)} modules; of the sum {self.error:.2%} is lost "
@@ -70,7 +73,8 @@ def combine(
         method: "cat" (exact) or "svd" (of rank `rank`; the largest of the adapters' where it is None)
         rank: of the result, for "svd"
 
-    A module that some adapters lack counts as an update of 0 there.
+    A module that some adapters lack counts as an update of 0 there.  One adapter with weight 1 and "cat" is copied as
+    it is, of whatever kind.
 
     Raises ValueError for adapters of different bases, of kinds whose updates do not add up (DoRA, whole trained
     modules), or of different shapes; FileExistsError where `out` holds something; and as `lora.attach` does.
@@ -85,6 +89,12 @@ def combine(
         raise ValueError(f"method={method!r}: one of {', '.join(METHODS)}")
     if rank is not None and (method != "svd" or rank < 1):
         raise ValueError(f"rank={rank} with method={method!r}: a rank of at least 1 is chosen for 'svd' only")
+    if method == "cat" and weights == [1.0]:  # of whatever kind: the sum of one is that one
+        config, _ = read_adapter(folders[0])
+        with new_directory(Path(out)) as folder:
+            for file in (CONFIG, WEIGHTS):
+                shutil.copyfile(folders[0] / file, folder / file)
+        return Combined(Path(out), int(config["r"]), {}, 0.0)
     configs, stacks, tables = [], {}, set()  # type: ignore[var-annotated]
     for folder, weight in zip(folders, weights, strict=True):
         config, tensors = read_adapter(folder)
@@ -98,6 +108,8 @@ def combine(
             _, scale = rank_and_scale(config, path, factors, folder)
             stacks.setdefault(path, []).append((factors["a"].float(), factors["b"].float() * (scale * weight)))
     base = _one_base(folders, configs)
+    if not stacks:
+        raise ValueError(f"{folders[0]} holds no low-rank updates, and those alone are added up")
     largest = max(a.shape[0] for parts in stacks.values() for a, _ in parts)
     made, errors, lost, size = {}, {}, 0.0, 0.0
     for path, parts in sorted(stacks.items()):

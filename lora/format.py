@@ -80,9 +80,7 @@ def read_adapter(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         kind = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
         raise ValueError(f"{directory / CONFIG}: peft_type is {kind!r}; only 'LORA' can be attached")
-    for key in ("r", "lora_alpha"):
-        if not isinstance(config.get(key), int | float) or not math.isfinite(config[key]):
-            raise ValueError(f"{directory / CONFIG}: {key} is {config.get(key)!r}, which must be a number")
+    _check_settings(config, directory / CONFIG)
     for key, fine in _FINE.items():
         if config.get(key) not in fine:
             raise ValueError(f"{directory / CONFIG}: {key}={config[key]!r} is a kind of adapter that there is not here")
@@ -99,9 +97,56 @@ def read_adapter(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if not tensors:
         raise ValueError(f"{directory / WEIGHTS} holds no tensors")
     for key, value in tensors.items():
+        if not value.is_floating_point():
+            raise ValueError(f"{directory / WEIGHTS}: {key} holds {value.dtype}, and factors are floating numbers")
         if not torch.isfinite(value).all():
             raise ValueError(f"{directory / WEIGHTS}: {key} holds NaN or inf")
     return config, tensors
+
+
+def _check_settings(config: Mapping[str, Any], file: Path) -> None:
+    """Raises ValueError for a setting that is of no kind that it may be."""
+
+    def names(value: Any) -> bool:
+        return value is None or isinstance(value, str) or _is_list(value, str)
+
+    def numbers(value: Any) -> bool:
+        fine = isinstance(value, dict) and all(_is_regex(k) and _is_number(v) for k, v in value.items())
+        return value is None or fine
+
+    def tokens(value: Any) -> bool:
+        ids = value.values() if isinstance(value, dict) else [value]
+        return value is None or all(_is_list(i, int) and all(t >= 0 for t in i) and len(set(i)) == len(i) for i in ids)
+
+    for keys, fine, what in (
+        (("r", "lora_alpha"), _is_number, "a number"),
+        (("lora_dropout",), lambda v: v is None or _is_number(v), "a number"),
+        (("use_rslora", "use_dora", "lora_bias"), lambda v: v is None or isinstance(v, bool), "true or false"),
+        (("target_modules", "exclude_modules"), lambda v: names(v) and (type(v) is not str or _is_regex(v)), "names"),
+        (("modules_to_save", "target_parameters"), lambda v: v is None or _is_list(v, str), "a list of names"),
+        (("rank_pattern", "alpha_pattern"), numbers, "numbers by pattern (regex)"),
+        (("trainable_token_indices",), tokens, "lists of token ids, each once"),
+        (("peft_version",), lambda v: v is None or isinstance(v, str), "text"),
+    ):
+        for key in keys:
+            if not fine(config.get(key)):  # type: ignore[no-untyped-call]
+                raise ValueError(f"{file}: {key} is {config.get(key)!r}, which must be {what}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_list(value: Any, kind: type) -> bool:
+    return isinstance(value, list) and all(type(item) is kind for item in value)
+
+
+def _is_regex(value: str) -> bool:
+    try:
+        re.compile(value)
+    except re.error:
+        return False
+    return True
 
 
 def metadata_of(directory: Path) -> dict[str, str]:
@@ -119,6 +164,8 @@ def sort_adapter(tensors: Mapping[str, Tensor], directory: Path) -> Contents:
                 f"{directory / WEIGHTS}: {key!r} does not start with {PREFIX!r}; this is not a peft adapter"
             )
         path = key.removeprefix(PREFIX)
+        if ".original_module." in path or ".modules_to_save." in path:
+            continue  # with bias="all", peft writes biases of a whole module twice more
         kind = next((k for k in _KINDS if path.endswith(k)), None)
         if kind:
             out.updates.setdefault(path.removesuffix(kind), {})[_KINDS[kind]] = value

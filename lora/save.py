@@ -148,12 +148,15 @@ def _pattern_key(path: str, names: Iterable[str]) -> str:
 
 
 def _suffix(path: str, names: Iterable[str]) -> str:
-    """The shortest last part of a module's name that means this module alone, as peft matches (by ending)."""
+    """The shortest last parts of a module's name that mean it alone where any ending does, as in peft's lists of these.
+
+    ("norm" would mean input_layernorm too.)
+    """
     parts = path.split(".")
     names = list(names)
     for k in range(1, len(parts) + 1):
         suffix = ".".join(parts[-k:])
-        if [n for n in names if ends_with(n, suffix)] == [path]:
+        if [n for n in names if n.endswith(suffix)] == [path]:
             return suffix
     return path
 

@@ -6,6 +6,9 @@ remains is 8/64 + 32/(64*256) = 0.127 bit a weight.
 
     offset = mean(absmax)      z = absmax - offset      absmax2 = max |z| of each 256      q = nearest(z / absmax2)
 
+The mean is the true one, rounded to float32.  bitsandbytes adds up in float32, in an order that depends on the device,
+so its offset may be the float next to ours; files say theirs, and either is read as written.
+
 Source: QLoRA, arXiv:2305.14314, section 3.
 """
 
@@ -21,15 +24,15 @@ from lora.quant.codebook import dynamic_map
 __all__ = ["BLOCK", "nested_map", "quantize_scales"]
 
 
-def quantize_scales(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def quantize_scales(absmax: Tensor, sums: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Bytes (b,) uint8, second-level scales (ceil(b/256),) float32 and offset () float32 of absmax (b,).
 
-    Nearest level by float32 midpoints, a tie goes down; z is scaled by the IEEE reciprocal of absmax2.
+    Nearest level by float32 midpoints, a tie goes down; z is scaled by the IEEE reciprocal of absmax2.  `sums` in
+    float64 add up to the sum of absmax, as `quantize4` gives them.
     Decode with `lora.kernels.code4.dequantize_scales`.
     """
-    offset = absmax.mean()
-    q, absmax2 = quantize8(absmax, offset, _thresholds(absmax.device))
-    return q, absmax2, offset
+    sums = absmax.sum(dtype=torch.float64)[None] if sums is None else sums
+    return quantize8(absmax, sums, _thresholds(absmax.device))
 
 
 @functools.cache

@@ -10,6 +10,7 @@ from lora.kernels.code4 import byte_table
 from lora.kernels.gemv4 import permute_table
 from lora.kernels.linear4 import Low, Weight4, linear4
 from lora.quant.codebook import codebook
+from lora.quant.linear8 import Linear8bit, quantize8
 from lora.quant.weight import Packed, check_block, quantize_tensor
 
 _SCALES = ("absmax", "nested_map", "nested_absmax", "nested_offset")
@@ -95,21 +96,23 @@ def quantize_module(
 ) -> nn.Module:
     """Replaces every linear layer of `model` by its 4-bit form, in place, and returns the model.
 
+    `kind` is "nf4" or "fp4", or "int8" for a byte a weight, which knows no blocks (`lora.quant.linear8`).
     `skip` names layers to leave alone: full names, last parts ("lm_head") or globs.  A layer whose weight is
     shared with another module (a tied head) is left alone too, since packing it would not free the other.
     GPT-2's Conv1D becomes a Linear4bit on the transposed weight: the same function.
 
     Raises ValueError when nothing was quantized, or a weight holds NaN or inf (named).
     """
-    check_block(block)
-    codebook(kind)
+    if kind != "int8":
+        check_block(block)
+        codebook(kind)
     if isinstance(model, nn.Linear) or is_conv1d(model):
         raise TypeError("the model is itself a linear layer, which cannot replace itself; put it into a module first")
     users: dict[int, int] = {}
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
             users[parameter.data_ptr()] = users.get(parameter.data_ptr(), 0) + 1
-    done: dict[int, Linear4bit] = {}
+    done: dict[int, nn.Module] = {}
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if type(module) is not nn.Linear and not is_conv1d(module):
             continue
@@ -117,8 +120,13 @@ def quantize_module(
             continue
         if id(module) not in done:
             weight = module.weight.T.contiguous() if is_conv1d(module) else module.weight
-            packed = quantize_tensor(weight, kind, block, double, name=f"{name}.weight")
-            done[id(module)] = Linear4bit(packed, getattr(module, "bias", None)).train(module.training)
+            bias, where = getattr(module, "bias", None), f"{name}.weight"
+            made: nn.Module
+            if kind == "int8":
+                made = Linear8bit(*quantize8(weight, where), bias)
+            else:
+                made = Linear4bit(quantize_tensor(weight, kind, block, double, name=where), bias)
+            done[id(module)] = made.train(module.training)
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, done[id(module)])
     if not done:

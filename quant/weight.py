@@ -7,7 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from lora.kernels.code4 import byte_table, check4, decision_cells, dequantize4, dequantize_scales, quantize4
+from lora.kernels.code4 import byte_table, check4, dequantize4, dequantize_scales
+from lora.kernels.encode4 import decision_cells, quantize4
 from lora.quant.blocks import nested_map, quantize_scales
 from lora.quant.codebook import codebook
 
@@ -92,14 +93,14 @@ def quantize_tensor(
         raise TypeError(f"{name} is {w.dtype}: only floating weights can be quantized")
     if w.numel() == 0:
         raise ValueError(f"{name} has shape {tuple(w.shape)}: nothing to quantize")
-    q, absmax = quantize4(w, code, block, cells)
+    q, absmax, sums = quantize4(w, code, block, cells)
     # A NaN or inf anywhere makes its block's absmax NaN or inf, so the scales tell without another pass
-    if not torch.isfinite(absmax).all():
+    if not math.isfinite(sums.sum().item()):
         bad = int((~torch.isfinite(w)).sum())
         raise ValueError(f"{name} holds {bad} values that are NaN or inf; repair the checkpoint before quantizing it")
     scales: tuple[Tensor, ...] = (absmax,)
     if double:
-        q2, absmax2, offset = quantize_scales(absmax)
+        q2, absmax2, offset = quantize_scales(absmax, sums)
         scales = (q2, nested_map(w.device), absmax2, offset)
     return Packed(kind, tuple(w.shape), block, pack_shape(tuple(w.shape), q), code, scales)
 

@@ -16,6 +16,14 @@ SHARED = Path(os.environ.get("LORA_SHARED", Path(__file__).parents[2] / "shared"
 torch.set_num_threads(max(1, (os.cpu_count() or 2) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks what a GPU shows more of: `make gpu` runs it."""
+    for item in items:
+        values = item.callspec.params.values() if hasattr(item, "callspec") else ()
+        if {"gpu", "triton_device"} & set(getattr(item, "fixturenames", ())) or "triton" in map(str, values):
+            item.add_marker("gpu")
+
+
 @pytest.fixture(autouse=True)
 def seed() -> None:
     """Every test starts from the same random state."""

@@ -5,9 +5,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from lora.kernels.code4 import byte_table, decision_cells, decisions, dequantize4, dequantize_scales, quantize4
+from lora.kernels.code4 import byte_table, dequantize4, dequantize_scales
 from lora.kernels.code8 import quantize8
 from lora.kernels.dispatch import INTERPRETED
+from lora.kernels.encode4 import decision_cells, decisions, quantize4
 from lora.quant.codebook import codebook, dynamic_map
 from lora.quant.weight import BLOCKS
 
@@ -87,12 +88,16 @@ def test_dequantize_keeps_tiny_and_huge_scales(exponent: int, device: torch.devi
     assert torch.equal(got.cpu(), rule(q, scales, code, 64, n))  # products below 1.2e-38 are subnormal, and not flushed
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("nested", [False, True], ids=["plain", "nested"])
 @pytest.mark.parametrize("block", [32, 64, 256, 4096])
-def test_a_range_of_values_equals_that_part_of_the_whole(block: int, nested: bool, device: torch.device) -> None:
+def test_a_range_of_values_equals_that_part_of_the_whole(
+    block: int, nested: bool, dtype: torch.dtype, device: torch.device, request: pytest.FixtureRequest
+) -> None:
+    skip_if_not_rounded(dtype, request)
     n, code = 2 * block + 2 * 4096 + 77, codebook("nf4")
     q, scales = random_bytes(n), random_scales(-(-n // block), nested)
-    whole = rule(q, scales, code, block, n)
+    whole = rule(q, scales, code, block, n).to(dtype)
     q, table, on = q.to(device), byte_table(code).to(device), moved(scales, device)
     for start, count in (
         (0, 5),
@@ -103,12 +108,15 @@ def test_a_range_of_values_equals_that_part_of_the_whole(block: int, nested: boo
         (n - 7, 7),
         (4098, n - 4098),
     ):
-        room = torch.full((count + count % 2 + 32,), 7.0, device=device)
-        got = dequantize4(q, on, table, block, count, torch.float32, out=room[16:-16], start=start)
-        assert torch.equal(got.cpu(), whole[start : start + count])
-        assert (room[:16] == 7).all() and (room[-16:] == 7).all()
+        for before in (16, 3):  # the second begins on no 16 bytes
+            room = torch.full((before + count + count % 2 + 16,), 7.0, dtype=dtype, device=device)
+            got = dequantize4(q, on, table, block, count, dtype, out=room[before:-16], start=start)
+            assert torch.equal(got.cpu(), whole[start : start + count])
+            assert (room[:before] == 7).all() and (room[-16:] == 7).all()
     rows = whole[3 * 200 : 7 * 200]  # of a matrix 200 wide, which is no multiple of a block
-    assert torch.equal(dequantize4(q, on, table, block, 800, torch.float32, start=600).cpu(), rows)
+    assert torch.equal(dequantize4(q, on, table, block, 800, dtype, start=600).cpu(), rows)
+    padded = torch.cat((q.new_zeros(1), q))[1:]  # bytes that begin on no 16 either
+    assert torch.equal(dequantize4(padded, on, table, block, n, dtype).cpu(), whole)
 
 
 def test_dequantize_of_more_than_one_chunk_equals_the_numpy_rule(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,8 +152,8 @@ def test_nested_scales_are_a_product_then_a_sum(b: int) -> None:
 def test_two_runs_give_the_same_bits(device: torch.device) -> None:
     w = torch.randn(3, 1111, device=device)
     code = codebook("nf4").to(device)
-    (q, absmax), (q2, absmax2) = quantize4(w, code, 64), quantize4(w, code, 64)
-    assert torch.equal(q, q2) and torch.equal(absmax, absmax2)
+    (q, absmax, sums), again = quantize4(w, code, 64), quantize4(w, code, 64)
+    assert torch.equal(q, again[0]) and torch.equal(absmax, again[1]) and torch.equal(sums, again[2])
     once, again = (dequantize4(q, (absmax,), byte_table(code), 64, 3333, torch.float16) for _ in range(2))
     assert torch.equal(once, again)
 
@@ -160,7 +168,7 @@ def test_the_ops_are_what_they_are_declared_to_be(nested: bool, triton_device: t
     torch.library.opcheck(torch.ops.lora.dequantize4, args, test_utils=checks)
     torch.library.opcheck(torch.ops.lora.quantize4, (w, decision_cells(code), 64), test_utils=checks)
     thresholds = torch.linspace(-1, 1, 255, device=triton_device)
-    torch.library.opcheck(torch.ops.lora.quantize8, (w, w[0].clone(), thresholds), test_utils=checks)
+    torch.library.opcheck(torch.ops.lora.quantize8, (w, w[:3].double(), thresholds), test_utils=checks)
 
 
 def test_dequantize_past_two_to_the_31_values(gpu: torch.device) -> None:
@@ -190,9 +198,15 @@ def test_decision_cells_decide_as_the_thresholds_do(kind: str) -> None:
     edges = torch.arange(-4096, 4097) / 4096
     s = torch.cat((thresholds, near, edges, edges.nextafter(torch.tensor(2.0)), torch.randn(10**5) / 3)).clamp(-1, 1)
     s = torch.cat((s, torch.tensor([1.0000001, -1.0000001, 0.0, -0.0, 1e-39, -1e-39, 1e-8, -1e-8])))
-    cell = cells[(s + 1.5 * 2**25 / cells.numel()).view(torch.int32).long() & (cells.numel() - 1)]
-    threshold = cell.to(torch.int32).view(torch.float32)
-    got = torch.where(s > threshold, cell >> 36, cell >> 32) & 15
+    assert cells.dtype == (torch.int32 if kind == "nf4" else torch.int64)
+    if kind == "nf4":
+        f = (s * 2.0**28).to(torch.int32).long()
+        cell = cells[(f >> 24) & (cells.numel() - 1)].long() & 0xFFFFFFFF
+        got = torch.where((f << 8 & 0xFFFFFFFF) > cell, cell >> 4, cell) & 15
+    else:
+        cell = cells[(s + 1.5 * 2**25 / cells.numel()).view(torch.int32).long() & (cells.numel() - 1)]
+        threshold = cell.to(torch.int32).view(torch.float32)
+        got = torch.where(s > threshold, cell >> 36, cell >> 32) & 15
     assert torch.equal(got, order[torch.bucketize(s, thresholds)])
 
 
@@ -207,18 +221,19 @@ def test_kernels_write_nothing_past_their_outputs(
 ) -> None:
     buffers, empty = [], torch.empty
 
-    def padded(count: int, *, dtype: torch.dtype, device: torch.device) -> Tensor:
+    def padded(shape: int | tuple[()], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        count = shape or 1
         buffers.append((count, torch.full((count + 64,), 77, dtype=dtype, device=device)))
-        return buffers[-1][1][:count]
+        return buffers[-1][1][:count] if shape else buffers[-1][1][0]
 
     code = codebook("nf4").to(triton_device)
     w, cells = torch.randn(n, device=triton_device), decision_cells(code)
     levels = dynamic_map().to(triton_device)
     monkeypatch.setattr(torch, "empty", padded)
-    q, absmax = quantize4(w, code, 64, cells)
-    quantize8(w, w[0], (levels[:-1] + levels[1:]) / 2)
+    quantize4(w, code, 64, cells)
+    quantize8(w, w[:1].double(), (levels[:-1] + levels[1:]) / 2)
     monkeypatch.setattr(torch, "empty", empty)
-    assert [count for count, _ in buffers] == [(n + 1) // 2, -(-n // 64), n, -(-n // 256)]
+    assert [count for count, _ in buffers] == [(n + 1) // 2, -(-n // 64), -(-n // 2048), n, -(-n // 256), 1]
     assert all((buffer[count:] == 77).all() for count, buffer in buffers)
 
 
@@ -255,5 +270,12 @@ def test_what_does_not_fit_is_refused(device: torch.device) -> None:
     refuses("tensors on .*meta", scales=(plain[0].to("meta"),))
     with pytest.raises(ValueError, match="block=100"):
         quantize4(torch.randn(100, device=device), code, 100)
+    with pytest.raises(TypeError, match=r"torch\.int32 cannot be quantized"):
+        quantize4(torch.zeros(128, dtype=torch.int32, device=device), code, 64)
+    sums, levels = plain[0].double(), torch.linspace(-1, 1, 255, device=device)
     with pytest.raises(ValueError, match="255 thresholds"):
-        quantize8(plain[0].half(), plain[0][0], code)
+        quantize8(plain[0].half(), sums, levels)
+    with pytest.raises(ValueError, match="with 16 thresholds"):
+        quantize8(plain[0], sums, code)
+    with pytest.raises(ValueError, match=r"sums are torch\.float32 of shape \(16,\)"):
+        quantize8(plain[0], plain[0], levels)

@@ -1,6 +1,6 @@
 """A few rows through 4-bit weights: the kernel's own body, on a GPU and in Triton's interpreter.
 
-The interpreter knows no PTX, so there the four instructions that the kernel is built on are replaced by their
+The interpreter knows no PTX, so there the instructions that the kernel is built on are replaced by their
 definitions in Triton; everything else, addresses, masks, scales and sums, is the body that runs on a GPU.
 """
 
@@ -8,21 +8,94 @@ import pytest
 import torch
 from torch import Tensor
 
-from lora.kernels import gemv4 as kernel
+from lora.kernels import gemv4 as launch
+from lora.kernels import gemv4_kernel as kernel
 from lora.kernels._triton import tl, triton
-from lora.kernels.code4 import byte_table
+from lora.kernels.code4 import Weight4, byte_table
 from lora.kernels.dispatch import INTERPRETED
-from lora.kernels.gemv4 import can_gemv4, gemv4, permute_table
-from lora.kernels.linear4 import Weight4, linears4
+from lora.kernels.gemv4 import can_gemv4, down, gemv4, gemv4_group, permute_table
+from lora.kernels.linear4 import linears4
+from lora.kernels.warp import PAIRS, SUMS
 from lora.quant.weight import Packed, quantize_tensor
 
 pytestmark = pytest.mark.usefixtures("triton_device")
 
 
+# Programs run one behind the other in the interpreter, and all threads at once, so one memory will do for all
+SHARED = torch.zeros(PAIRS + SUMS, dtype=torch.uint8)
+PAIRS_AT, SUMS_AT = tl.constexpr(SHARED.data_ptr()), tl.constexpr(SHARED.data_ptr() + PAIRS)
+
+
 @triton.jit
-def load8(p):
+def shared(like):
+    zero = tl.zeros_like(like).to(tl.int64)
+    return zero + PAIRS_AT, zero + SUMS_AT, zero
+
+
+@triton.jit
+def start_flags(at, warps):
+    pass
+
+
+@triton.jit
+def raise_flag(at):
+    pass
+
+
+@triton.jit
+def wait_flag(at, phase):
+    pass
+
+
+@triton.jit
+def put_same(at, word):
+    for i in tl.static_range(4):
+        tl.store(at.to(tl.pointer_type(tl.int32)) + i, word)
+
+
+@triton.jit
+def look8(word, at):
+    a = tl.load((at + (word & 255) * 64).to(tl.pointer_type(tl.int32)))
+    b = tl.load((at + ((word >> 8) & 255) * 64).to(tl.pointer_type(tl.int32)))
+    c = tl.load((at + ((word >> 16) & 255) * 64).to(tl.pointer_type(tl.int32)))
+    return a, b, c, tl.load((at + ((word >> 24) & 255) * 64).to(tl.pointer_type(tl.int32)))
+
+
+@triton.jit
+def put4(at, a, b, c, d):
+    p = at.to(tl.pointer_type(tl.float32))
+    tl.store(p, a)
+    tl.store(p + 1, b)
+    tl.store(p + 2, c)
+    tl.store(p + 3, d)
+    return at
+
+
+@triton.jit
+def get(at):
+    return tl.load(at.to(tl.pointer_type(tl.float32)))
+
+
+@triton.jit
+def sum_parts(value, PARTS: tl.constexpr):
+    W: tl.constexpr = value.shape[0] // 32
+    total = tl.sum(tl.reshape(value, (W, PARTS, 32 // PARTS)), axis=1)
+    return tl.reshape(tl.broadcast_to(total[:, None, :], (W, PARTS, 32 // PARTS)), (32 * W,))
+
+
+@triton.jit
+def load8(p, have):
     words = p.to(tl.pointer_type(tl.int32))
-    return tl.load(words), tl.load(words + 1)
+    return tl.load(words, mask=have != 0, other=-1), tl.load(words + 1, mask=have != 0, other=-1)
+
+
+@triton.jit
+def from_lane(value, lane):
+    """Lane is 4 g + b, of the warp: the b-th of each row of four."""
+    W: tl.constexpr = value.shape[0] // 32
+    mine = (tl.arange(0, 4)[None, None, :] == (tl.reshape(lane, (W, 8, 4)) % 4)).to(tl.float32)
+    four = tl.sum(tl.reshape(value, (W, 8, 4)) * mine, axis=2)
+    return tl.reshape(tl.broadcast_to(four[:, :, None], (W, 8, 4)), (32 * W,))
 
 
 @triton.jit
@@ -96,16 +169,24 @@ def mma(a0, a1, a2, a3, b0, b1, c0, c1, c2, c3, HALF: tl.constexpr):
 @pytest.fixture(autouse=True)
 def definitions(monkeypatch: pytest.MonkeyPatch) -> None:
     if INTERPRETED:
-        for name, function in (("_load8", load8), ("_load32", load32), ("_decode8", decode8), ("_mma", mma)):
-            monkeypatch.setattr(kernel, name, function)
+        stands = (
+            shared, start_flags, raise_flag, wait_flag, put_same, put4, get, sum_parts, look8, decode8, load8, load32,
+            from_lane, mma,
+        )  # fmt: skip
+        for function in stands:
+            monkeypatch.setattr(kernel, function.fn.__name__, function)
 
 
 def packed(N: int, K: int, double: bool, device: torch.device, kind: str = "nf4", block: int = 64) -> Packed:
     return quantize_tensor((torch.randn(N, K) * 0.02).to(device), kind, block, double)
 
 
+def weight(p: Packed) -> Weight4:
+    return Weight4(p.q.view(-1), p.scales, byte_table(p.code), permute_table(p.code), p.block, (p.shape[0], p.shape[1]))
+
+
 def call(x: Tensor, p: Packed, bias: Tensor | None = None, low: tuple[Tensor, Tensor, float] | None = None) -> Tensor:
-    return gemv4(x, p.q.view(-1), p.scales, permute_table(p.code), p.block, p.shape[0], bias, low)
+    return gemv4(x, weight(p), bias, low)
 
 
 def exact(x: Tensor, p: Packed) -> tuple[Tensor, float]:
@@ -126,7 +207,7 @@ def test_permute_table_holds_the_codes_as_bytes(triton_device: torch.device) -> 
 
 
 @pytest.mark.parametrize("double", [False, True])
-@pytest.mark.parametrize(("N", "K", "M"), [(16, 64, 1), (40, 192, 3), (17, 320, 8), (33, 128, 13), (16, 576, 30)])
+@pytest.mark.parametrize(("N", "K", "M"), [(16, 64, 1), (40, 192, 3), (17, 320, 8), (100, 128, 13), (16, 2112, 30)])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_gemv4_errs_less_than_a_rounded_weight(
     triton_device: torch.device, dtype: torch.dtype, N: int, K: int, M: int, double: bool
@@ -141,6 +222,21 @@ def test_gemv4_errs_less_than_a_rounded_weight(
     assert got.shape == (M, N) and got.dtype == dtype
     assert float((got.double() - want).norm()) <= 1.1 * rounded + 1.1 * store
     assert torch.equal(got, call(x, p))
+
+
+@pytest.mark.parametrize("plan", [(1, 4, 1, 2, 4), (2, 2, 2, 0, 4), (2, 1, 1, 4, 8), (1, 1, 2, 1, 16)], ids=str)
+@pytest.mark.parametrize(("N", "K", "M"), [(72, 1088, 3), (130, 512, 11)])
+def test_gemv4_is_right_by_any_plan(
+    triton_device: torch.device, monkeypatch: pytest.MonkeyPatch, plan: tuple[int, ...], N: int, K: int, M: int
+) -> None:
+    """Programs with several turns, turns with several steps, units that end behind the row."""
+    p = packed(N, K, True, triton_device)
+    x, bias = torch.randn(M, K, device=triton_device).half(), torch.randn(N, device=triton_device).half()
+    a, b = torch.randn(3, K, device=triton_device), torch.randn(N, 3, device=triton_device)
+    want = exact(x, p)[0] + bias.double() + (x.double() @ a.double().T) @ b.double().T
+    monkeypatch.setattr(launch, "plan", lambda K, tiles: launch.Plan(*plan))
+    got = call(x, p, bias, (a, b, 1.0)).double()
+    assert float((got - want).norm() / want.norm()) < 1e-3
 
 
 @pytest.mark.parametrize("block", [128, 512, 4096])
@@ -159,7 +255,7 @@ def test_gemv4_of_unit_vectors_reads_the_codes_out(triton_device: torch.device) 
     assert torch.equal(torch.cat([call(x[i : i + 16], p) for i in range(0, 64, 16)]).T, want)
 
 
-@pytest.mark.parametrize("r", [1, 6, 16])
+@pytest.mark.parametrize("r", [1, 6, 16, 40])
 def test_gemv4_adds_bias_and_low_rank_update(triton_device: torch.device, r: int) -> None:
     N, K, M = 23, 128, 5
     p = packed(N, K, True, triton_device)
@@ -176,11 +272,63 @@ def test_gemv4_does_not_depend_on_the_rows_beside(triton_device: torch.device) -
     assert torch.equal(call(x, p)[3:4], call(x[3:4].contiguous(), p))
 
 
+@pytest.mark.parametrize("M", [1, 11])
+def test_gemv4_group_equals_its_weights_alone(triton_device: torch.device, M: int) -> None:
+    K, Ns, ranks = 320, (40, 16, 23), (4, 0, 16)
+    packs = [packed(N, K, True, triton_device, kind) for N, kind in zip(Ns, ("nf4", "fp4", "nf4"), strict=True)]
+    x = torch.randn(M, K, device=triton_device).half()
+    biases = [None, torch.randn(16, device=triton_device).half(), torch.randn(23, device=triton_device).half()]
+    lows: list[tuple[Tensor, Tensor, float] | None] = [
+        (torch.randn(r, K, device=triton_device), torch.randn(N, r, device=triton_device), 0.5) if r else None
+        for N, r in zip(Ns, ranks, strict=True)
+    ]
+    have = [low for low in lows if low]
+    xa = down([a for a, _, _ in have], [s for _, _, s in have], x)
+    assert xa.shape == (M, 20)
+    ys = gemv4_group(x, [weight(p) for p in packs], biases, [low[1] if low else None for low in lows], xa)
+    for y, p, bias, low in zip(ys, packs, biases, lows, strict=True):
+        assert y.shape == (M, p.shape[0]) and torch.equal(y, call(x, p, bias, low))
+
+
+def test_gemv4_group_refuses_weights_that_do_not_go_together(triton_device: torch.device) -> None:
+    nested, plain = packed(16, 64, True, triton_device), packed(16, 64, False, triton_device)
+    other = packed(16, 128, True, triton_device)
+    x = torch.zeros(1, 64, dtype=torch.float16, device=triton_device)
+    with pytest.raises(ValueError, match="weights of one kind"):
+        gemv4_group(x, [weight(nested), weight(plain)], [None, None], [None, None], None)
+    with pytest.raises(ValueError, match=r"\(16, 128\)"):
+        gemv4_group(x, [weight(nested), weight(other)], [None, None], [None, None], None)
+    with pytest.raises(ValueError, match="updates of 4 columns"):
+        gemv4_group(x, [weight(nested)], [None], [torch.zeros(16, 4, device=triton_device)], None)
+
+
+def test_gemv4_takes_or_refuses_what_begins_anywhere(triton_device: torch.device) -> None:
+    p = packed(16, 64, False, triton_device)
+    x = torch.randn(3 * 64 + 1, device=triton_device).half()
+    whole = x[1:].clone().view(3, 64)
+    assert torch.equal(call(x[1:].view(3, 64), p), call(whole, p))
+    q = torch.cat((torch.zeros(1, dtype=torch.uint8, device=triton_device), p.q.view(-1)))[1:]
+    assert not can_gemv4(whole, q, 64, 64)
+    with pytest.raises(ValueError, match="8 bytes"):
+        gemv4(whole, weight(p)._replace(q=q))
+
+
+def test_gemv4_writes_its_own_rows_only(triton_device: torch.device) -> None:
+    p = packed(21, 64, True, triton_device)  # the last program has rows to spare, and x tokens
+    x = torch.randn(3, 64, device=triton_device).half()
+    want = call(x, p)
+    whole = torch.full((5, 21), 7.0, device=triton_device).half()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "empty", lambda *shape, **_: whole[1:4] if shape == (3, 21) else None)
+        launch._gemv4._init_fn(
+            x, [p.q.view(-1)], list(p.scales), [permute_table(p.code)], 64, [21], [None], None, [None], False
+        )
+    assert torch.equal(whole[1:4], want) and (whole[0] == 7).all() and (whole[4] == 7).all()
+
+
 def test_linears4_use_gemv4_where_nothing_learns(triton_device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     packs = [packed(16, 128, True, triton_device), packed(32, 128, True, triton_device)]
-    weights = [
-        Weight4(p.q.view(-1), p.scales, byte_table(p.code), permute_table(p.code), 64, (p.shape[0], 128)) for p in packs
-    ]
+    weights = [weight(p) for p in packs]
     x = torch.randn(2, 1, 128, device=triton_device).half()
     ys = linears4(x, weights, [None, None], [None, None])
     assert [y.shape for y in ys] == [(2, 1, 16), (2, 1, 32)]
@@ -202,5 +350,5 @@ def test_can_gemv4_says_no_where_the_kernel_would_be_wrong(triton_device: torch.
 
 def test_gemv4_refuses_rows_of_another_width(triton_device: torch.device) -> None:
     p = packed(16, 128, False, triton_device)
-    with pytest.raises(ValueError, match=r"x of shape \(1, 192\) and 1024 bytes"):
+    with pytest.raises(ValueError, match=r"x of shape \(1, 192\) through weights \[\(16, 128\)\]"):
         call(torch.zeros(1, 192, dtype=torch.float16, device=triton_device), p)

@@ -54,6 +54,18 @@ def test_the_decoder_takes_plain_updates_alone(kind: str, monkeypatch: pytest.Mo
     assert (reading.part_of(wrapped(kind, True)) is not None) == (kind in PLAIN)
 
 
+def test_a_recording_knows_which_rows_have_which_adapter() -> None:
+    reading = pytest.importorskip("lora.models.reading", reason="decoding has no buffers for factors")
+    model: Any = nn.Sequential(nn.Linear(64, 96))
+    lora.wrap(model, r=4, targets=["0"], name="one")
+    lora.wrap(model, r=4, targets=["0"], name="two")
+    seen = [reading.places(model)]
+    for names in (["one", "two"], ["two", "one"]):
+        with lora.mixed(model, names):
+            seen.append(reading.places(model))
+    assert all(a != b for i, a in enumerate(seen) for b in seen[:i])
+
+
 @pytest.mark.parametrize("quantized", [False, True])
 @pytest.mark.parametrize("kind", [k for k in KINDS if k != "dora"])
 @torch.no_grad()

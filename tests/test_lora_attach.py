@@ -252,7 +252,7 @@ WRONG: dict[str, tuple[Callable[[Path], Any], type[Exception], str]] = {
     ),
     "layers used twice": (lambda f: edit_config(f, layer_replication=[[0, 1], [0, 1]]), ValueError, "replication"),
     "a moved base": (lambda f: edit_config(f, init_lora_weights="olora"), ValueError, "stands on a changed base"),
-    "a regex that is none": (lambda f: edit_config(f, target_modules="(q"), ValueError, "is no regex"),
+    "a regex that is none": (lambda f: edit_config(f, target_modules="(q"), ValueError, "must be names"),
     "tokens without rows": (lambda f: edit_config(f, trainable_token_indices=[1]), ValueError, "no rows for that"),
     "experts of another model": (
         lambda f: edit_config(f, target_parameters=["experts.up"]),

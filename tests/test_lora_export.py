@@ -135,6 +135,50 @@ def test_what_a_target_cannot_hold_is_refused_and_nothing_written(tmp_path: Path
         export(plain, tmp_path / "out")
 
 
+WHOLE = "is trained whole"
+# what the adapter has, and what each loader makes of it: refused by a word, mended by one, or read as it is
+FINDINGS: dict[str, tuple[dict[str, Any], dict[str, str | None]]] = {
+    "plain": ({}, {"vllm": None, "sglang": None, "llama.cpp": None}),
+    "whole module": ({"train_modules": ["lm_head"]}, dict.fromkeys(("vllm", "sglang", "llama.cpp"), WHOLE)),
+    "embedding": (
+        {"targets": ["embed_tokens", "q_proj"]},
+        {"vllm": "is an embedding", "sglang": "is an embedding", "llama.cpp": None},
+    ),
+    "dora": ({"dora": True}, dict.fromkeys(("vllm", "sglang", "llama.cpp"), "is a DoRA adapter")),
+    "biases": ({"bias": "lora_only"}, dict.fromkeys(("vllm", "sglang", "llama.cpp"), "biases are trained")),
+    "a bias of B": ({"lora_bias": True}, dict.fromkeys(("vllm", "sglang", "llama.cpp"), "biases are trained")),
+    "tokens": ({"train_tokens": [3]}, dict.fromkeys(("vllm", "sglang", "llama.cpp"), "rows of tokens are trained")),
+    "stacked": (
+        {"parameters": ["lm_head.weight"]},
+        {
+            "vllm": "they would stay the base's",
+            "sglang": "is a stacked parameter",
+            "llama.cpp": "is a stacked parameter",
+        },
+    ),
+    "too large a rank": ({"r": 513}, {"vllm": "rank 513 is above 512", "sglang": None, "llama.cpp": None}),
+    "pissa": ({"init": "pissa"}, {"vllm": None, "sglang": None, "llama.cpp": None}),
+}
+
+
+@pytest.mark.parametrize("kind", FINDINGS)
+def test_each_loader_is_known_for_what_it_refuses(kind: str, tmp_path: Path) -> None:
+    options, said = FINDINGS[kind]
+    biased = transformers.LlamaConfig(**{**base().config.to_dict(), "attention_bias": True})
+    model = transformers.LlamaForCausalLM(biased)
+    lora.save(lora.wrap(model, **({"r": 4, "targets": ["q_proj"]} | options)), tmp_path / "a")
+    before = {p.name: p.read_bytes() for p in (tmp_path / "a").iterdir()}
+    for target, word in said.items():
+        if word is None:
+            assert export(tmp_path / "a", tmp_path / target, target, base="b") == []
+            continue
+        with pytest.raises(ValueError, match=word) as e:
+            export(tmp_path / "a", tmp_path / target, target, base="b")
+        assert f"{target} would " in str(e.value) and not (tmp_path / target).exists()
+    export(tmp_path / "a", tmp_path / "peft")  # peft reads all that we write
+    assert {p.name: p.read_bytes() for p in (tmp_path / "a").iterdir()} == before
+
+
 def test_the_command_says_what_it_mended(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder, _ = adapter(tmp_path / "a")
     assert main(["export", str(folder), str(tmp_path / "out"), "--target", "sglang", "--json"]) == 0

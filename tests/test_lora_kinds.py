@@ -85,6 +85,11 @@ CASES: dict[str, Case] = {
         {"targets": ["q_proj"], "train_tokens": [5, 7]},
         {"target_modules": ["q_proj"], "trainable_token_indices": [5, 7]},
     ),
+    "a whole norm": (
+        llama,
+        {"targets": ["q_proj"], "train_modules": ["model.norm"]},
+        {"target_modules": ["q_proj"], "modules_to_save": ["model.norm"]},
+    ),
     "tokens of two modules": (
         llama,
         {"targets": ["q_proj"], "train_tokens": {"embed_tokens": [5], "lm_head": [1, 2]}},

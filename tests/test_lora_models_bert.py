@@ -430,6 +430,26 @@ def test_an_adapter_of_peft_attaches(kind: str, tmp_path: Path) -> None:
         assert (wrapped.eval()(input_ids=ids).logits - ours(ids)).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+@pytest.mark.parametrize("kind", [k for k in KINDS if not k.endswith("Model")])
+def test_biases_and_a_head_go_to_peft_and_back(kind: str, bias: str, tmp_path: Path) -> None:
+    theirs = make(kind, tmp_path)
+    config = peft.LoraConfig(r=4, task_type="SEQ_CLS", target_modules=["query"], bias=bias, init_lora_weights=False)
+    wrapped = peft.get_peft_model(theirs, config).eval()
+    with torch.no_grad():
+        for p in wrapped.parameters():
+            p.add_(0.1 * torch.randn_like(p) if p.requires_grad else 0.0)
+        wrapped.save_pretrained(tmp_path / "adapter")
+        ours, _ = lora.load(tmp_path, device="cpu")
+        lora.attach(ours, tmp_path / "adapter")
+        ids = some_ids(2, 20)
+        want = wrapped(input_ids=ids).logits
+        assert (want - ours(ids)).abs().max() < 1e-5
+        lora.save(ours, tmp_path / "again")
+        base = type(theirs).from_pretrained(tmp_path).eval()
+        assert (peft.PeftModel.from_pretrained(base, tmp_path / "again").eval()(ids).logits - want).abs().max() < 1e-5
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("unload", [True, False])
 @pytest.mark.parametrize("kind", [k for k in KINDS if not k.endswith("Model")])

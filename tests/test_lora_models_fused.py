@@ -72,6 +72,7 @@ def gradients(model: llama.Llama, ids: torch.Tensor, dy: torch.Tensor) -> tuple[
 @pytest.fixture
 def on_cpu(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     monkeypatch.setattr(llama, "FUSED", {"cpu"})
+    monkeypatch.setattr(llama, "LEAN", set())
     return monkeypatch
 
 

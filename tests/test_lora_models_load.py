@@ -52,6 +52,18 @@ def test_quantizing_while_loading_equals_quantizing_after(kind: str, block: int,
     assert not during.training and not any(p.requires_grad for p in during.parameters())
 
 
+@pytest.mark.parametrize("double", [True, False])
+def test_a_gpu_packs_what_is_loaded_on_it_into_the_bytes_of_a_cpu(
+    double: bool, folder: Path, gpu: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LORA_KERNELS", "triton")  # or an error: nothing may be packed before it is on the GPU
+    there, _ = lora.load(folder, quantize="nf4", double=double, dtype="float32")
+    monkeypatch.setenv("LORA_KERNELS", "auto")
+    here, _ = lora.load(folder, quantize="nf4", double=double, device="cpu")
+    assert {p.device.type for p in [*there.parameters(), *there.buffers()]} == {"cuda"}
+    assert_same(there.cpu(), here)
+
+
 def test_skipped_layers_stay_dense(folder: Path) -> None:
     model, _ = lora.load(folder, quantize="nf4", skip=("lm_head", "o_proj", "model.layers.0.*"), device="cpu")
     packed = {name for name, m in model.named_modules() if isinstance(m, Linear4bit)}

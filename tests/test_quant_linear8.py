@@ -150,3 +150,14 @@ def test_our_checkpoint_is_read_by_bitsandbytes_bit_equal(folder: Path, tmp_path
         x = torch.randn(3, ours.in_features)
         # bitsandbytes rounds the input to 8 bits too
         torch.testing.assert_close(theirs(x).float(), ours(x), rtol=0, atol=0.05 * float(ours(x).abs().max()))
+
+
+def test_a_model_in_memory_becomes_what_loading_makes_of_it(folder: Path) -> None:
+    dense, _ = lora.load(folder, device="cpu")
+    assert lora.quantize(dense, "int8") is dense
+    loaded, _ = lora.load(folder, quantize="int8", device="cpu")
+    a, b = dense.state_dict(), loaded.state_dict()
+    assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+    assert type(dense.lm_head) is torch.nn.Linear
+    ids = torch.randint(1, 250, (1, 9))
+    assert torch.equal(dense(ids), loaded(ids))

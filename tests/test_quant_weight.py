@@ -10,9 +10,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lora.kernels.code4 import byte_table, dequantize4, quantize4
+from lora.kernels import code8, encode4
+from lora.kernels.code4 import byte_table, dequantize4
 from lora.kernels.code8 import quantize8
 from lora.kernels.dispatch import INTERPRETED
+from lora.kernels.encode4 import quantize4
 from lora.quant.blocks import quantize_scales
 from lora.quant.codebook import codebook, dynamic_map
 from lora.quant.weight import BLOCKS, Packed, quantize_tensor
@@ -64,15 +66,16 @@ def rule(w: Tensor, code: np.ndarray, block: int) -> tuple[np.ndarray, np.ndarra
     return (index[::2] << 4) | index[1::2], absmax
 
 
-def scales_rule(absmax: np.ndarray, offset: np.float32) -> tuple[np.ndarray, np.ndarray]:
-    """Bytes and second-level scales of block scales."""
+def scales_rule(absmax: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.float32]:
+    """Bytes, second-level scales and offset of block scales: the offset is their true mean, rounded once."""
+    offset = np.float32(math.fsum(absmax.tolist()) / absmax.size)
     z = absmax - offset
     absmax2 = np.array([np.abs(z[i : i + 256]).max() for i in range(0, z.size, 256)], dtype=np.float32)
     absmax2, inverse = reciprocal(absmax2)
     levels = dynamic_map().numpy()
     thresholds = (levels[:-1] + levels[1:]) / np.float32(2)
     s = z * inverse[np.arange(z.size) // 256]
-    return np.searchsorted(thresholds, s, side="left").astype(np.uint8), absmax2
+    return np.searchsorted(thresholds, s, side="left").astype(np.uint8), absmax2, offset
 
 
 @st.composite
@@ -145,8 +148,8 @@ def test_nested_scales_equal_the_numpy_rule(b: int, exponent: int, spread: float
     draw = torch.rand(b, generator=torch.Generator().manual_seed(seed))
     absmax = (1 + spread * draw) * 10.0**exponent
     q, absmax2, offset = quantize_scales(absmax)
-    assert torch.equal(offset, absmax.mean())
-    want_q, want_absmax2 = scales_rule(absmax.numpy(), offset.numpy())
+    want_q, want_absmax2, want_offset = scales_rule(absmax.numpy())
+    assert offset.dtype == torch.float32 and offset.numpy() == want_offset
     assert np.array_equal(q.numpy(), want_q)
     assert np.array_equal(absmax2.numpy(), want_absmax2)
 
@@ -164,7 +167,8 @@ def test_the_kernel_of_nested_scales_equals_the_numpy_rule(
     draw = torch.rand(b, generator=torch.Generator().manual_seed(seed))
     absmax = (1 + spread * draw) * 10.0**exponent
     q, absmax2, offset = quantize_scales(absmax.to(triton_device))
-    want_q, want_absmax2 = scales_rule(absmax.numpy(), offset.cpu().numpy())
+    want_q, want_absmax2, want_offset = scales_rule(absmax.numpy())
+    assert offset.cpu().numpy() == want_offset
     assert np.array_equal(q.cpu().numpy(), want_q)
     assert np.array_equal(absmax2.cpu().numpy(), want_absmax2)
 
@@ -173,26 +177,74 @@ def test_a_tie_of_nested_scales_goes_to_the_lower_level(device: torch.device) ->
     levels = dynamic_map()
     ties = (levels[:-1] + levels[1:]) / 2
     absmax = torch.cat((torch.ones(1), ties)).to(device)
-    thresholds, zero = ties.to(device), torch.zeros((), device=device)
-    q, absmax2 = quantize8(absmax, zero, thresholds)  # absmax2 is 1: each value stands on its threshold
-    assert absmax2.item() == 1.0 and q.tolist() == [255, *range(255)]
-    q, _ = quantize8(absmax.nextafter(torch.full_like(absmax, 2.0)).clamp(max=1.0), zero, thresholds)
+    thresholds, zero = ties.to(device), torch.zeros(1, dtype=torch.float64, device=device)
+    q, absmax2, offset = quantize8(absmax, zero, thresholds)  # absmax2 is 1: each value stands on its threshold
+    assert absmax2.item() == 1.0 and offset.item() == 0.0 and q.tolist() == [255, *range(255)]
+    q, _, _ = quantize8(absmax.nextafter(torch.full_like(absmax, 2.0)).clamp(max=1.0), zero, thresholds)
     assert q.tolist() == [255, *range(1, 256)]
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("block", [32, 64, 2048])
-def test_double_quantization_decodes_as_the_rule_says(block: int, device: torch.device) -> None:
-    w = torch.randn(37, 555) * 0.02
+def test_double_quantization_decodes_as_the_rule_says(block: int, dtype: torch.dtype, device: torch.device) -> None:
+    w = (torch.randn(37, 555) * 0.02).to(dtype)
     packed = quantize_tensor(w.to(device), block=block, double=True)
     q, absmax = rule(w, codebook("nf4").numpy(), block)
     q8, levels, absmax2, offset = (t.cpu().numpy() for t in packed.scales)
-    want_q8, want_absmax2 = scales_rule(absmax, offset)
+    want_q8, want_absmax2, want_offset = scales_rule(absmax)
     assert np.array_equal(packed.q.view(-1).cpu().numpy(), q)
-    assert np.array_equal(q8, want_q8) and np.array_equal(absmax2, want_absmax2)
+    assert np.array_equal(q8, want_q8) and np.array_equal(absmax2, want_absmax2) and offset == want_offset
     scale = levels[q8] * absmax2[np.arange(q8.size) // 256] + offset
     index = np.stack((q >> 4, q & 15), axis=1).reshape(-1)[: w.numel()]
     value = torch.from_numpy(codebook("nf4").numpy()[index] * scale[np.arange(w.numel()) // block])
     assert torch.equal(packed.dequantize(torch.float16).cpu(), value.half().view(w.shape))
+
+
+@pytest.mark.parametrize("encoders", [1, 3])
+def test_the_sums_of_several_tiles_a_program_are_those_of_the_scales(
+    encoders: int, triton_device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    w, code = torch.randn(7, 1033, device=triton_device).half(), codebook("nf4").to(triton_device)
+    q, absmax, _ = quantize4(w, code, 64)  # a tile a program
+    monkeypatch.setattr(encode4, "PROGRAMS", encoders)
+    again = quantize4(w, code, 64)
+    assert torch.equal(again[0], q) and torch.equal(again[1], absmax)
+    assert again[2].shape == (encoders,) and again[2].sum().item() == math.fsum(absmax.tolist())
+    assert quantize8(absmax, again[2], torch.linspace(-1, 1, 255, device=triton_device))[2].item() == np.float32(
+        math.fsum(absmax.tolist()) / absmax.numel()
+    )
+
+
+def test_recorded_launches_that_overlap_make_the_same_bytes(gpu: torch.device) -> None:
+    # the scales' launch begins while the codes' one runs: what it read too early would be an earlier weight's
+    code, w = codebook("nf4").to(gpu), torch.empty(4096, 4096, dtype=torch.bfloat16, device=gpu)
+    cells, levels = encode4.decision_cells(code), dynamic_map().to(gpu)
+    thresholds = (levels[:-1] + levels[1:]) / 2
+
+    def encode() -> list[Tensor]:
+        q, absmax, sums = quantize4(w, code, 64, cells)
+        return [q, absmax, *quantize_scales(absmax, sums)]
+
+    w.normal_()
+    encode()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = encode()
+    for i in range(20):
+        w.normal_().mul_(10.0 ** (i % 7 - 3))
+        graph.replay()
+        once = [t.clone() for t in got]
+        q, absmax = encode4.quantize4_ref(w, code, 64)
+        want = [q, absmax, *code8.quantize8_ref(absmax, absmax.sum(dtype=torch.float64)[None], thresholds)]
+        assert all(torch.equal(a, b) for a, b in zip(once, want, strict=True))
+
+
+def test_a_gpu_makes_the_bytes_of_a_cpu(gpu: torch.device) -> None:
+    for dtype, scale in ((torch.bfloat16, 0.02), (torch.float32, 3.0), (torch.float16, 1e-3)):
+        w = (torch.randn(1500, 4099) * scale).to(dtype)
+        one, other = quantize_tensor(w), quantize_tensor(w.to(gpu))
+        assert torch.equal(one.q.view(-1), other.q.view(-1).cpu())
+        assert all(torch.equal(a, b.cpu()) for a, b in zip(one.scales, other.scales, strict=True))
 
 
 def test_double_quantization_packs_the_same_codes_and_the_scales_of_the_rule() -> None:
@@ -292,7 +344,8 @@ def test_a_scale_tells_of_every_value_that_is_not_finite(bad: float, dtype: torc
     for at in (0, 1, 63, 64, 100, 128, 129):  # the last block is short
         w = torch.randn(130).to(dtype)
         w[at] = bad
-        _, absmax = quantize4(w.to(device), code, 64)
+        _, absmax, sums = quantize4(w.to(device), code, 64)
+        assert not sums.isfinite().all()
         want = torch.stack([part.float().abs().amax() for part in w.split(64)])
         assert torch.equal(absmax.cpu().nan_to_num(7, 8), want.nan_to_num(7, 8))
         assert absmax.isfinite().tolist() == [block != at // 64 for block in range(3)]
@@ -303,7 +356,8 @@ def test_quantize_past_two_to_the_31_values(gpu: torch.device) -> None:
     w = torch.empty(n, dtype=torch.bfloat16, device=gpu)
     for part in w.split(2**28):
         part.normal_()
-    q, absmax = quantize4(w, code, 64)
+    q, absmax, sums = quantize4(w, code, 64)
+    assert sums.sum().item() == pytest.approx(absmax.sum(dtype=torch.float64).item(), rel=1e-14)
     for start in (0, 2**30, 2**31 - 6400, n - 6400):
         want_q, want_absmax = rule(w[start : start + 6400].cpu(), code.cpu().numpy(), 64)
         assert np.array_equal(q[start // 2 : start // 2 + 3200].cpu().numpy(), want_q)
@@ -316,6 +370,14 @@ def test_quantize_past_two_to_the_31_values(gpu: torch.device) -> None:
 def test_a_weight_with_strides_packs_as_its_contiguous_copy(device: torch.device) -> None:
     w = torch.randn(40, 30, device=device).T
     assert torch.equal(quantize_tensor(w).q, quantize_tensor(w.contiguous()).q)
+
+
+@pytest.mark.parametrize("offset", [1, 3, 8])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_weight_that_begins_anywhere_packs_as_its_copy(dtype: torch.dtype, offset: int, device: torch.device) -> None:
+    w = torch.randn(3000, device=device).to(dtype)[offset:]  # 16 bytes at a time no longer end on 16 bytes
+    one, other = quantize_tensor(w), quantize_tensor(w.clone())
+    assert torch.equal(one.q, other.q) and all(map(torch.equal, one.scales, other.scales))
 
 
 # ---- refusals ----

@@ -8,10 +8,13 @@ import torch
 from tiny import give_tokenizer
 
 import lora
+from lora.models import llama
 from lora.models.budget import account, widths_of
+from lora.models.gemma import Gemma3Config
 from lora.models.gpt2 import GPT2Config
 from lora.models.llama import LlamaConfig
 from lora.models.outline import Kind, Outline, _layer, outline, skeleton
+from lora.models.phi3 import Phi3Config
 from lora.models.qwen import Qwen3Config
 from lora.models.save import save_pretrained
 from lora.models.tokenizer import Tokenizer
@@ -170,3 +173,35 @@ def test_the_account_of_the_fused_step_is_right(
     assert model.keeping.recordable == (keep == "all")
     counted = account(widths, [keep] * L, batch * length, 2, rows.target.numel(), attention=0)
     assert counted.total == pytest.approx(got.peak - got.base, rel=0.005)
+
+
+@pytest.mark.parametrize("keep", ["all", "input"])
+@pytest.mark.parametrize("family", [Qwen3Config, Gemma3Config, Phi3Config])
+def test_the_account_knows_what_families_add(family: type[LlamaConfig], keep: str, tmp_path: Path) -> None:
+    """Norms on q and k, norms behind W_o and W_d, q k v in one layer."""
+    more = {} if family is Phi3Config else {"qk_norm": True}
+    config = family(
+        vocab_size=1000, hidden_size=256, intermediate_size=704, num_layers=3, num_heads=4, num_kv_heads=2,
+        head_dim=64, max_length=4096, **more,
+    )  # fmt: skip
+    rows = even_batch(4, 512)
+    with without_memory(gpu=True) as mode:
+        model = lora.wrap(skeleton(Outline(tmp_path, config, torch.bfloat16, {}), "nf4", device="cuda"), r=8)
+        model.hidden(torch.zeros(1, 2, dtype=torch.int64))
+        if not model.keeping.recordable:
+            pytest.skip("these blocks take the plain path")
+        model.keeping.keep = keep
+        got = count(model, fake_batch(mode, rows), grain=512)
+        widths = widths_of(config, model)
+    counted = account(widths, [keep] * 3, 4 * 512, 2, rows.target.numel(), attention=0)
+    assert counted.total == pytest.approx(got.peak - got.base, rel=0.01)
+
+
+def test_on_a_gpu_the_plain_path_can_be_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with without_memory(gpu=True):
+        model = lora.wrap(skeleton(Outline(tmp_path, LLAMA, torch.bfloat16, {}), "nf4", device="cuda"), r=8)
+        for path, fused in (({"cuda"}, True), (set(), False)):
+            monkeypatch.setattr(llama, "FUSED", path)
+            model.keeping.recordable = False
+            model.hidden(torch.zeros(1, 2, dtype=torch.int64))
+            assert model.keeping.recordable is fused

@@ -1,6 +1,8 @@
 """lora.plan: what a step takes, what fits, and one sentence for each mistake."""
 
 import json
+import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -123,6 +125,18 @@ def test_a_real_4_bit_folder_says_its_blocks(small: Path, tmp_path: Path) -> Non
     save_pretrained(model, Tokenizer.from_directory(small), tmp_path / "packed")
     found = outline(tmp_path / "packed").packed
     assert len(found) == 21 and {(k.name, k.block, k.double) for k in found.values()} == {("nf4", 128, False)}
+
+
+def test_of_a_hub_name_config_json_alone_is_fetched(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def snapshot_download(name: str, allow_patterns: list[str]) -> str:
+        asked.append((name, allow_patterns))
+        return str(small)
+
+    monkeypatch.setitem(sys.modules, "huggingface_hub", types.SimpleNamespace(snapshot_download=snapshot_download))
+    assert lora.plan("owner/name", 2, 50, device="cuda", card="h100").name == "name"
+    assert asked == [("owner/name", ["config.json"])]
 
 
 def test_a_gguf_is_planned_from_its_header(smollm2_gguf: Path) -> None:

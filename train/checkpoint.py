@@ -8,13 +8,14 @@ Written beside, flushed, renamed; older ones go only after.  So a folder that be
 any moment leaves the one before.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import os
 import random
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -118,6 +119,17 @@ def _reason(e: Exception) -> str:
     if isinstance(e, OSError) and e.errno:
         return os.strerror(e.errno)
     return str(e)
+
+
+@contextlib.contextmanager
+def ending(out: Path | None) -> Iterator[None]:
+    """Around what is written after the last step: where that fails, an OSError that says what one can go on from."""
+    try:
+        yield
+    except (OSError, SafetensorError) as e:
+        found = checkpoints(out / "checkpoints") if out else []
+        left = f"{found[-1]} is whole: make room, then go on with --resume {out}" if found else "no checkpoint was kept"
+        raise OSError(f"the run ended, and {out} could not be written to the end: {_reason(e)}; {left}") from e
 
 
 def prune(folder: Path, keep_last: int, best: int | None) -> None:

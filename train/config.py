@@ -111,7 +111,10 @@ class TrainConfig:
         if self.optim_bits not in (32, 8):
             raise ValueError(f"optim_bits={self.optim_bits!r}: 32 or 8")
         if self.budget is not None:
-            parse_bytes(self.budget)
+            try:
+                parse_bytes(self.budget)
+            except ValueError as e:
+                raise ValueError(f"budget={self.budget!r}: {e}") from None
         if self.compute not in ("bf16", "fp8"):
             raise ValueError(f"compute={self.compute!r}: 'bf16' or 'fp8'")
         if self.schedule not in SCHEDULES:

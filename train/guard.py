@@ -1,7 +1,6 @@
 """What stops a run before it does harm: numbers that are not finite, a loss that runs away, a signal, a full card."""
 
 import math
-import os
 import signal
 import threading
 from collections.abc import Sequence
@@ -158,9 +157,3 @@ class LossScale:
         self.good += 1
         if self.on and self.good == 2000:
             self.value, self.good = min(self.value * 2, 2.0**24), 0
-
-
-def disk_sentence(error: OSError, what: str, folder: Path) -> str:
-    """Why `what` could not be written into `folder`."""
-    reason = os.strerror(error.errno) if error.errno else str(error)
-    return f"{what} could not be written into {folder}: {reason}"

@@ -41,7 +41,7 @@ from lora.train.certificate import (
     weights_digest,
     write_certificate,
 )
-from lora.train.checkpoint import clean, find_checkpoint, load_checkpoint, read_checkpoint
+from lora.train.checkpoint import clean, ending, find_checkpoint, load_checkpoint, read_checkpoint
 from lora.train.config import TrainConfig
 from lora.train.data import prepare as prepare_rows
 from lora.train.log import Log, peak_bytes
@@ -115,12 +115,13 @@ def fit(
         last = weights_digest(steps.optimizer.w) if out else ""
         log.write(_totals(steps))
         _best_again(steps)
-    adapter = _keep(steps, tokenizer)
-    if out:
-        _report(out, model, tokenizer, steps.held_rows if adapter else [], log.history, config)
-        write_plot(out / "loss.png", log.history)
-        ended = {"steps": p.step, "tokens": p.tokens, "best_step": p.best_step if config.best else None}
-        write_certificate(out, finished=True, **ended, probe=steps.probed, weights_after=last)
+    with ending(out):
+        adapter = _keep(steps, tokenizer)
+        if out:
+            _report(out, model, tokenizer, steps.held_rows if adapter else [], log.history, config)
+            write_plot(out / "loss.png", log.history)
+            ended = {"steps": p.step, "tokens": p.tokens, "best_step": p.best_step if config.best else None}
+            write_certificate(out, finished=True, **ended, probe=steps.probed, weights_after=last)
     return Run(tuple(log.history), p.step, p.seconds, p.tokens, peak_bytes(steps.device), adapter)
 
 

@@ -189,8 +189,8 @@ def plan(
     """Memory and time of a training step of `batch` rows of `length` tokens, without weights.
 
     Args:
-        path_or_model: a model folder (its config.json will do) or .gguf file; or a model, which is planned as it
-            stands, wrapped with r where nothing of it trains
+        path_or_model: a model folder (its config.json will do), .gguf file or hub name (config.json alone is fetched);
+            or a model, which is planned as it stands, wrapped with r where nothing of it trains
         quantize: of a path: "nf4", "fp4", "int8" or None; layers that are stored in 4 or 8 bits stay so
         budget: bytes that tensors may take, as a number or "24GiB"; None is the memory of the machine
         method: "qlora", "lora" or "full"; by default by `quantize`

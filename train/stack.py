@@ -1,6 +1,6 @@
 """The factors of several adapters side by side in memory, so that a layer's are one batched tensor.
 
-    w, grad (k, n) float32      a row an adapter, its factors one behind the other; a layer's a is w[:, i : j] as (k, r, K)
+    w, grad (k, n) float32      a row an adapter, its factors end to end; a layer's a is w[:, i : j] as (k, r, K)
 
 Ranks may differ: each adapter has room for the largest, and what it does not use is and stays 0, since the gradient
 of a row of a comes through the column of b and the other way round.
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora.adapter import Adapter
+from lora.adapter import Adapter, ByRow
 from lora.kernels.adamw import BLOCK8
 from lora.layer import Adapted
 
@@ -37,6 +37,7 @@ class Stack:
         self.w, self.grad = (torch.zeros(k, n, dtype=torch.float32, device=device) for _ in range(2))
         self.lows: list[tuple[Tensor, Tensor, Tensor]] = []
         self.members: list[list[nn.Parameter]] = [[] for _ in names]  # of each adapter, factors with their room
+        self.placed: tuple[Any, ...] | None = None
         start = 0
         for row, pair in zip(adapters, shapes, strict=True):
             both: list[Any] = []
@@ -62,9 +63,25 @@ class Stack:
         """The memory (n,) of adapter i's factors, and of their gradients."""
         return self.w[i, : self.n], self.grad[i, : self.n]
 
+    def place(self, who: Sequence[int], ends: Sequence[int], together: bool) -> None:
+        """Gives adapters `who` their rows of the next batch: up to ends[0] the first one's, and so on.
+
+        With `together`, which takes all of them and as many rows of each, a layer's factors are one batched tensor.
+        """
+        wanted = (tuple(who), tuple(ends), together)
+        if wanted == self.placed:
+            return
+        self.placed = wanted
+        starts = [0, *ends[:-1]]
+        for layer, low in zip(self.layers, self.lows, strict=True):
+            adapters = [layer.adapters[self.names[i]] for i in who]
+            layer.by_row = ByRow(list(zip(adapters, starts, ends, strict=True)), low if together else None)
+
     def release(self) -> None:
-        """Gives every adapter memory of its own again."""
+        """Takes the rows away again, and gives every adapter memory of its own."""
+        self.placed = None
         for layer in self.layers:
+            layer.by_row = None
             for name in self.names:
                 for own in (layer.adapters[name].a, layer.adapters[name].b):
                     own.data, own.grad = own.data.clone(memory_format=torch.contiguous_format), None

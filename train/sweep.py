@@ -15,12 +15,12 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from lora.adapter import ByRow
+from lora.batch import Batch, Example, Pack
 from lora.config import LoRAConfig
 from lora.eval.nll import row_nll
 from lora.files import refuse_filled, write_text
@@ -44,6 +44,7 @@ from lora.train.schedule import learning_rate
 from lora.train.stack import Stack
 from lora.wrap import activate, wrap
 
+Groups = Sequence[Sequence[Sequence[Example | Pack]]]  # of each member, the batches of a step
 _FIXED = (
     "pack",
     "neftune",
@@ -203,58 +204,73 @@ def _train(
     watches = [Divergence(model.config.vocab_size) for _ in members]  # type: ignore[union-attr,arg-type]
     orders = [endless(examples, config.batch, config.accumulate, m.seed) for m in members]
     graphs, device = Graphs(model), optimizers[0].w.device
+    coming: tuple[list[int], Groups, list[_Laid]] | None = None  # laid out while the GPU computed
     model.train()
     try:
         with recomputed(model, config.recompute), warnings.catch_warnings():
             # that a stack's factors lie apart is meant: each adapter's are one run of memory
             warnings.filterwarnings("ignore", message="grad and param do not obey the gradient layout contract")
             for step in range(steps):
-                groups = [next(order)[1] for order in orders]
                 live = [k for k, x in enumerate(results) if not x.failed]
                 if not live:
                     break
+                groups = coming[1] if coming else [next(order)[1] for order in orders]
+                laid = coming[2] if coming and coming[0] == live else _lay(groups, live, device)
                 counts = [sum(sum(e.learned[1:]) for part in group for e in part) for group in groups]
                 losses = torch.zeros(len(members), device=device)
-                for parts in zip(*groups, strict=True):
-                    losses += _batch(graphs, stack, parts, live, counts)
+                for batch in laid:
+                    losses += _run(graphs, stack, batch, live, counts)
                 for k in live:
                     optimizers[k].gather()
                 norms = torch.stack([optimizers[k].clip(config.clip) for k in live])
+                if step + 1 < steps:
+                    groups = [next(order)[1] for order in orders]
+                    coming = live, groups, _lay(groups, live, device)
                 numbers = torch.stack((losses[live], norms)).T.tolist()  # the step's only wait for the device
                 for k, (loss, norm) in zip(live, numbers, strict=True):
                     _step(optimizers[k], results[k], watches[k], loss, norm, step, steps, config)
                 stack.grad.zero_()
     finally:
-        for layer in stack.layers:
-            layer.by_row = None
         stack.release()
     return results
 
 
-def _batch(
-    graphs: Graphs, stack: Stack, parts: Sequence[Sequence[Any]], live: Sequence[int], counts: Sequence[int]
-) -> Tensor:
-    """Adds the gradients of one batch of every member of `live`; their shares of the loss (members,).
+class _Laid(NamedTuple):
+    """The rows of one batch of all members: whose they are, up to which row each one's go, and of whom each learned
+    token is (n,); `alike` where all members have as many rows."""
+
+    batch: Batch
+    who: list[int]
+    ends: list[int]
+    member: Tensor
+    alike: bool
+
+
+def _lay(groups: Groups, live: Sequence[int], device: torch.device) -> list[_Laid]:
+    """The batches of one step, on the host.
 
     On a GPU, rows of those that failed run on and count nothing: the batch keeps its shape, and so its graph.
     """
-    device = stack.w.device
-    alike = len({len(part) for part in parts}) == 1
-    who = range(len(parts)) if alike and device.type in FUSED else live
-    rows = [e for k in who for e in parts[k]]
-    ends = list(itertools.accumulate(len(parts[k]) for k in who))
-    for layer, low in zip(stack.layers, stack.lows, strict=True):
-        adapters = [layer.adapters[stack.names[k]] for k in who]
-        together = low if len(who) == len(parts) and alike else None
-        layer.by_row = ByRow(list(zip(adapters, [0, *ends[:-1]], ends, strict=True)), together)
-    b = collate(rows)
-    place = torch.bucketize(b.owner, torch.tensor(ends), right=True)
-    member = torch.tensor(list(who))[place]  # (n,)
-    share = torch.tensor([1 / counts[k] if k in live else 0.0 for k in range(len(parts))])[member]
-    b, share, member = b.to(device), share.to(device), member.to(device)
-    if alike:
-        return graphs.run_members(b, share, member, len(parts))[0]
-    return member_losses(graphs.model, b, Learned(b.at, b.target, share, member), len(parts))[0]
+    found = []
+    for parts in zip(*groups, strict=True):
+        alike = len({len(part) for part in parts}) == 1
+        who = list(range(len(parts))) if alike and device.type in FUSED else list(live)
+        ends = list(itertools.accumulate(len(parts[k]) for k in who))
+        b = collate([e for k in who for e in parts[k]])
+        place = torch.bucketize(b.owner, torch.tensor(ends), right=True)
+        found.append(_Laid(b, who, ends, torch.tensor(who)[place], alike))
+    return found
+
+
+def _run(graphs: Graphs, stack: Stack, laid: _Laid, live: Sequence[int], counts: Sequence[int]) -> Tensor:
+    """Adds the gradients of one batch; returns the shares of the loss of every member (members,)."""
+    device, n = stack.w.device, len(counts)
+    stack.place(laid.who, laid.ends, together=laid.alike and len(laid.who) == n)
+    share = torch.tensor([1 / count if k in live else 0.0 for k, count in enumerate(counts)])[laid.member]
+    b, share, member = laid.batch.to(device), share.to(device), laid.member.to(device)
+    if laid.alike:
+        return graphs.run_members(b, share, member, n)[0]
+    return member_losses(graphs.model, b, Learned(b.at, b.target, share, member), n)[0]
 
 
 def _step(

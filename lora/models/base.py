@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from lora.kernels.causal import can_causal, causal_attention
 from lora.kernels.dispatch import on_gpu
 from lora.kernels.documents import document_attention
 from lora.models.documents import Documents
@@ -249,6 +250,8 @@ def attention(
             return nn.functional.scaled_dot_product_attention(
                 q, k, v, is_causal=q.shape[2] > 1, scale=scale, enable_gqa=groups > 1
             )
+    if mask is None and softcap is None and can_causal(q, k):
+        return causal_attention(q, k, v, scale=scale)
     if groups > 1:
         k = k.repeat_interleave(groups, dim=1)
         v = v.repeat_interleave(groups, dim=1)

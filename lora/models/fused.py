@@ -344,6 +344,19 @@ def block(x: Tensor, cos: Tensor, sin: Tensor, spec: Spec, layer: int) -> Tensor
     return _Block.apply(x, cos, sin, spec, layer, *factors(spec.groups))
 
 
+def fusable(model: Any, x: Tensor) -> list[tuple[tuple[Tensor, Tensor], Any]] | None:
+    """Weights of the norms before attention and the MLP, and groups, of every block; for lean.py, which knows no other
+    norms and no dropout.  None where a block needs more than that.
+    """
+    try:
+        found = specs.parts_of(model, x)
+    except specs.Plain:
+        return None
+    if any(norms.heads is not None or norms.behind[0] is not None for norms, _ in found):
+        return None
+    return [(norms.before, groups) for norms, groups in found]
+
+
 def specs_of(
     model: Any, x: Tensor, turns: list[tuple[Tensor, Tensor]], masks: Mapping[int | None, Mask], keeping: Keeping
 ) -> list[Spec] | None:

@@ -2,7 +2,7 @@
 
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from torch import Tensor
@@ -14,8 +14,9 @@ LONG = 2**30  # bytes of a checkpoint above which a bar is shown
 Groups = Iterator[tuple[str, dict[str, Tensor]]]
 
 
-def from_hub(path: str | Path) -> Path:
-    """`path` itself, or the local folder of the repository that it names ("owner/name") where no such path exists.
+def from_hub(path: str | Path, files: Sequence[str] = FILES) -> Path:
+    """`path` itself, or the local folder of the repository that it names ("owner/name") where no such path exists,
+    with such `files` of it.
 
     Raises ImportError without huggingface_hub, FileNotFoundError where the hub has no such repository or cannot
     be reached.
@@ -30,7 +31,7 @@ def from_hub(path: str | Path) -> Path:
             f"{name} is no folder here; to download a repository of that name: pip install 'lora-torch[hub]'"
         ) from None
     try:
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=FILES))
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=list(files)))
     except Exception as e:  # its errors derive from requests', httpx's and its own, by version
         reason = (str(e).strip().splitlines() or [type(e).__name__])[0]
         raise FileNotFoundError(f"{name} is no folder here, and the hub did not give it: {reason}") from None

@@ -22,12 +22,13 @@ from lora.kernels.norm import rms_norm
 from lora.kernels.rope import rope
 from lora.kernels.swiglu import swiglu
 from lora.layer import together
-from lora.models import fused
+from lora.models import fused, lean
 from lora.models.base import Cache, CausalLM, Mask, attention, ints, new_embedding, seen
 from lora.models.budget import Keeping
 from lora.models.documents import Documents
 
-FUSED = {"cuda"}  # devices on which training takes fused.py's blocks; on a CPU autograd's own path is as good
+FUSED = {"cuda"}  # devices on which training takes fused.py's blocks
+LEAN = {"cpu"}  # and those on which it takes lean.py's
 
 Rotation = tuple[Tensor, Tensor]  # cos and sin of each position's angles, (B or 1, T, 1, D / 2)
 
@@ -305,12 +306,24 @@ class Llama(CausalLM):
         windows = {c.window(i) for i in range(c.num_layers)}
         masks = {w: seen(ids.shape[1], used, padding, documents, ids.device, w) for w in windows}
         fast = x.device.type in FUSED or ("cuda" in FUSED and on_gpu(x))
-        fusable = cache is None and torch.is_grad_enabled() and fast
-        specs = fused.specs_of(self, x, turns, masks, self.keeping) if fusable else None
+        one_step = cache is None and torch.is_grad_enabled()
+        specs = fused.specs_of(self, x, turns, masks, self.keeping) if one_step and fast else None
+        by_lean = (
+            one_step
+            and self.block is Block
+            and not fast
+            and x.device.type in LEAN
+            and not on_gpu(x)
+            and padding is None
+        )
+        leans = lean.specs_of(self, x, documents, self.keeping) if by_lean else None
+        tables = [lean.tables_of(cos, sin, c.head_dim) for cos, sin in turns] if leans is not None else []
         for i, b in enumerate(self.model.layers):
             if specs is not None:
                 cos, sin = turns[c.rope_of(i)]
                 x = fused.block(x, cos, sin, specs[i], i)
+            elif leans is not None:
+                x = lean.block(x, tables[c.rope_of(i)], leans[i])
             else:
                 x = b(x, turns[c.rope_of(i)], masks[c.window(i)], cache, i)
         if cache is not None:

@@ -149,6 +149,9 @@ def _fill(
         if shape != tuple(want[name].shape):
             shapes.append(f"{there} has shape {shape}, and config.json asks for {tuple(want[name].shape)}")
             continue
+        if layer is None and not value.is_floating_point():  # a header may be wrong in no length at all
+            shapes.append(f"{there} holds {str(value.dtype).removeprefix('torch.')}, and weights are floating numbers")
+            continue
         place = model.get_submodule(owner)
         if layer is None and pack and isinstance(place, nn.Linear) and leaf == "weight" and not is_skipped(owner, skip):
             layer = pack(name, value.to(device))

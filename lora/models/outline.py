@@ -18,6 +18,7 @@ from lora.models.base import Model
 from lora.models.checkpoint import read_config, stored_dtype
 from lora.models.families import FAMILIES
 from lora.models.gguf import GGUF
+from lora.models.hub import from_hub
 from lora.models.load import SKIP, dtype_of
 from lora.quant.codebook import CODEBOOKS, codebook
 from lora.quant.linear import Linear4bit, is_skipped
@@ -45,15 +46,17 @@ class Outline:
 
 
 def outline(path: str | Path) -> Outline:
-    """Of a model folder (config.json alone will do) or a .gguf file.
+    """Of a model folder (config.json alone will do), a .gguf file or a hub name, of which config.json alone is fetched.
 
     Raises FileNotFoundError where there is none, ValueError for an architecture that is not known.
     """
-    path = Path(path)
+    path = from_hub(path, ("config.json",))
     if path.is_file() and path.suffix == ".gguf":
         return Outline(path, GGUF(path).config(), torch.float32, {})
     if not path.is_dir():
-        raise FileNotFoundError(f"{path} is neither a folder with config.json nor a .gguf file; a plan needs one")
+        raise FileNotFoundError(
+            f"{path} is neither a folder with config.json, a .gguf file nor a hub name; a plan needs one"
+        )
     raw = read_config(path)
     kind = raw.get("model_type")
     if kind not in FAMILIES:

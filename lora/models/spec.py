@@ -7,7 +7,7 @@ around 0, 1 + w; the gate's function; a window; the scale of the scores.
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -151,6 +151,17 @@ def _norms(block: Any, eps: float, dtype: torch.dtype) -> Norms:
     return Norms((_norm(block.input_layernorm, dtype), _norm(second, dtype)), behind, heads, eps)
 
 
+def parts_of(model: Any, x: Tensor, seed: Seed | None = None) -> list[tuple[Norms, Any]]:
+    """Norms and groups of every block of a model with states x.  Raises Plain where one needs the plain path."""
+    found = []
+    for b in model.model.layers:
+        if any(is_hooked(m) for m in (b, b.self_attn, b.mlp)):
+            raise Plain("a block has a hook")
+        groups = tuple(group_of(*layers, seed=seed) for layers in _linears(b))
+        found.append((_norms(b, model.config.eps, x.dtype), groups))
+    return found
+
+
 def read(
     model: Any, x: Tensor, turns: list[tuple[Tensor, Tensor]], masks: Mapping[int | None, Mask], keeping: Keeping
 ) -> list[Spec]:
@@ -158,28 +169,22 @@ def read(
 
     Raises Plain where one of them needs the plain path.
     """
-    c = model.config
+    c, layers = model.config, model.model.layers
     if getattr(c, "attention_cap", None) is not None:
         raise Plain("scores of attention are capped, which no fast attention does")
     if any(2 * cos.shape[-1] != c.head_dim for cos, _ in turns):
         raise Plain("only part of a head turns")
-    found = []
-    seed = Seed(x.device) if keeping.compute == "bf16" else None
-    for i, b in enumerate(model.model.layers):
-        if any(is_hooked(m) for m in (b, b.self_attn, b.mlp)):
-            raise Plain("a block has a hook")
-        groups = tuple(group_of(*layers, seed=seed) for layers in _linears(b))
-        scale = getattr(b.self_attn, "scale", None)
-        attend = functools.partial(attention, mask=masks[c.window(i)], scale=scale)
-        found.append((_norms(b, c.eps, x.dtype), cast(Any, groups), attend))
-    eights = _eights([groups for _, groups, _ in found], x, keeping)
+    found = parts_of(model, x, Seed(x.device) if keeping.compute == "bf16" else None)
+    eights = _eights([groups for _, groups in found], x, keeping)
     keep = keeping.choose(x)
     heads = (c.num_heads, c.num_kv_heads, c.head_dim)
-    gelu = hasattr(model.model.layers[0], "pre_feedforward_layernorm")
-    return [
-        Spec(norms, groups, eight, heads, attend, gelu, k, keeping.host)
-        for (norms, groups, attend), eight, k in zip(found, eights, keep, strict=True)
-    ]
+    gelu = hasattr(layers[0], "pre_feedforward_layernorm")
+    specs = []
+    for i, ((norms, groups), eight, word) in enumerate(zip(found, eights, keep, strict=True)):
+        scale = getattr(layers[i].self_attn, "scale", None)
+        attend = functools.partial(attention, mask=masks[c.window(i)], scale=scale)
+        specs.append(Spec(norms, groups, eight, heads, attend, gelu, word, keeping.host))
+    return specs
 
 
 def _eights(blocks: list[tuple[Group, ...]], x: Tensor, keeping: Keeping) -> list[Any]:

@@ -1,6 +1,6 @@
 """Tensors of safetensors files straight to a GPU: read by threads into pinned memory, copied beside the reading.
 
-    files -> CHUNK bytes at a time, THREADS at once -> SLOTS pinned pieces, taken in turn -> each tensor's own GPU memory
+    files -> CHUNK bytes at a time, THREADS at once -> SLOTS pinned pieces, in turn -> each tensor's own GPU memory
 
 A map of the file costs a page fault every 4 KB and a second copy through the driver's own staging memory; plain reads
 into memory that the GPU can fetch from cost neither, and what is on the way never exceeds SLOTS * CHUNK on the host.
@@ -84,7 +84,8 @@ def _read(piece: Piece, slot: Tensor, free: Any) -> None:
     """Fills `slot` with the piece's bytes, once what it held before has reached the GPU."""
     if free is not None:
         free.synchronize()
-    view = memoryview(slot.numpy())[: piece.end - piece.begin]
+    bytes_of: Any = slot.numpy()
+    view = memoryview(bytes_of)[: piece.end - piece.begin]
     with piece.path.open("rb", buffering=0) as f:
         f.seek(piece.begin)
         while view:

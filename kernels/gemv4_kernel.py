@@ -1,0 +1,334 @@
+# mypy: disable-error-code="assignment"
+# (a tuple that grows in a Triton loop)
+"""The kernel of gemv4.py: 16 bits of x through the bytes of code4.py.
+
+The program is written a thread at a time, in the instructions of warp.py: tensors have one element a thread.  A program
+fills a multiprocessor.  Its warps lie side by side along K, and take groups of 16 rows of W turn by turn; a warp's x
+is the same in every turn, and while it works on one unit of blocks the codes of the next are under way.
+- Tensor cores do the products: 16 rows of W are the 16 x 16 operand of `mma`, 8 tokens the other.  The order of k
+  within a block is free as long as both operands keep it, so a thread uses 8 bytes of a row as they lie.
+- A look-up in one table by every thread stalls at 1.2e12 weights a second, half of what memory delivers.  Here half of
+  the codes are found by byte permutes in registers (21 instructions for 8 weights, on a pipe of half rate), half in
+  shared memory two at a time, from a table that lies there once for every two lanes.
+- The float32 scale of a block multiplies the block's float32 sum.  Only the codes are rounded to 16 bits, so the
+  error stays below that of a weight rounded to 16 bits.  The threads of a row decode the scale of one block each.
+- The warps' sums of a turn are added up a turn later, so that a warp waits for no other: barriers cost 10 % and more.
+
+Source: PTX ISA, mma.m16n8k16, mbarrier; scale after the sum as in Marlin, arXiv:2408.11743.
+"""
+
+from lora.kernels._triton import tl, triton
+from lora.kernels.warp import (
+    decode8,
+    from_lane,
+    get,
+    load8,
+    load32,
+    look8,
+    mma,
+    put4,
+    put_same,
+    raise_flag,
+    shared,
+    start_flags,
+    sum_parts,
+    wait_flag,
+)
+
+
+@triton.jit
+def _fetch(q_ptr, rows, unit, t, more, K: tl.constexpr, UNIT: tl.constexpr, RAGGED: tl.constexpr):
+    """The codes of a unit: for each block and each of a thread's rows, two words."""
+    starts, words = (), ()
+    for j in tl.static_range(len(rows)):
+        starts = starts + ((q_ptr + rows[j].to(tl.int64) * (K // 2) + (unit * (UNIT * 32) + t * 8)).to(tl.int64),)
+    for b in tl.static_range(UNIT):
+        back = 0
+        if RAGGED:  # what lies behind the row meets zeros of x
+            back = tl.maximum(unit * (UNIT * 32) + b * 32 - (K // 2 - 32), 0)
+        for j in tl.static_range(len(rows)):
+            w0, w1 = load8(starts[j] + b * 32 - back, more)
+            words = words + (w0, w1)
+    return words
+
+
+@triton.jit
+def _fetch_scales(
+    absmax_ptr, absmax2_ptr, rows, unit, t, more,
+    K: tl.constexpr, UNIT: tl.constexpr, RAGGED: tl.constexpr, BLOCK: tl.constexpr, NESTED: tl.constexpr,
+):  # fmt: skip
+    """For each of a thread's rows the scale of block t of the unit; nested: its byte and its own scale."""
+    block = unit * UNIT + t % UNIT
+    if RAGGED:
+        block = tl.minimum(block, K // 64 - 1)
+    held = ()
+    for j in tl.static_range(len(rows)):
+        at = (rows[j] * (K // 64) + block).to(tl.uint32) // (BLOCK // 64)
+        s = tl.load(absmax_ptr + at, mask=more != 0)
+        s2 = s
+        if NESTED:
+            s2 = tl.load(absmax2_ptr + at // 256, mask=more != 0)
+        held = held + (s, s2)
+    return held
+
+
+@triton.jit
+def _fetch_x(
+    xs, have, unit,
+    K: tl.constexpr, UNIT: tl.constexpr, RAGGED: tl.constexpr,
+):  # fmt: skip
+    """x of a unit: for each block and each 8 tokens, eight words; zeros where there is no token, or no block."""
+    x = ()
+    for b in tl.static_range(UNIT):
+        for i in tl.static_range(len(xs)):
+            here = have[i]
+            if RAGGED:
+                here = here * (unit * UNIT + b < K // 64).to(tl.int32)
+            x = x + load32((xs[i] + unit * (UNIT * 128)).to(tl.int64) + b * 128, here)
+    return x
+
+
+@triton.jit
+def _rows(row0, n, g, ROWS: tl.constexpr, EVEN: tl.constexpr):
+    """A thread's rows; those beyond the last are the last, and are not stored."""
+    rows = ()
+    for j in tl.static_range(2 * ROWS):
+        row = row0 + 8 * j + g
+        if not EVEN:
+            row = tl.minimum(row, n - 1)
+        rows = rows + (row,)
+    return rows
+
+
+@triton.jit
+def _decode(word, i: tl.constexpr, pairs_at, low, high, LOOK: tl.constexpr):
+    """Eight codes, by shared memory or by the permute: the two share the work, as each has its own pipe."""
+    if i < LOOK:
+        return look8(word, pairs_at)
+    else:
+        return decode8(word, low, high)
+
+
+@triton.jit
+def _finish(
+    turn, begin_row, tile, bias_and_b,
+    sums_at, flags_at, b_ptr, xa_ptr, y_ptr, M, n, column, R, r0, value, part,
+    N: tl.constexpr, R2: tl.constexpr, RSUM: tl.constexpr, HELD: tl.constexpr, TILES: tl.constexpr,
+    WARPS: tl.constexpr, PARTS: tl.constexpr, STRIDE: tl.constexpr,
+):  # fmt: skip
+    """Adds up what all warps have put down in their turn `turn`, and what belongs to it, and stores it."""
+    wait_flag(flags_at + turn % 2 * 8, turn // 2 % 2)
+    at = sums_at + turn % 2 * (WARPS * STRIDE) + part * STRIDE + value * 4
+    y = get(at) + get(at + PARTS * STRIDE) + get(at + 2 * PARTS * STRIDE) + get(at + 3 * PARTS * STRIDE)
+    row = begin_row + value // 16 + value % 4 // 2 * 8
+    m = (tl.program_id(1) * TILES + tile) * 8 + value // 4 % 4 * 2 + value % 2
+    y += bias_and_b[0]
+    for i in tl.static_range(HELD):
+        k = i * PARTS + part
+        y += bias_and_b[1 + i] * tl.load(xa_ptr + m * RSUM + r0 + k, mask=(m < M) & (k < R), other=0.0)
+    for first in range(HELD * PARTS, R2, PARTS):
+        k = first + part
+        xa = tl.load(xa_ptr + m * RSUM + r0 + k, mask=(m < M) & (k < R), other=0.0)
+        factor = tl.load(b_ptr + row.to(tl.int64) * R + k, mask=(row < n) & (k < R), other=0.0)
+        y += factor.to(tl.float32) * xa
+    y = sum_parts(y, PARTS)
+    inside = (row < n) & (m < M) & (part == 0)
+    tl.store(y_ptr + m.to(tl.int64) * N + column + row, y.to(y_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["M"])
+def gemv4_kernel(
+    x_ptr,  # (M, K) bf16 or f16
+    parts,  # for each weight: codes (N K / 2,) u8; absmax (N K / block,) f32 or, nested, u8; map (256,) f32,
+    # absmax2 (N K / block / 256,) f32, offset (1,) f32; table (2, 8, 32) i32; bias (N,); b (N, R)
+    xa_ptr,  # (M, Σ R) f32, s already in it
+    y_ptr,  # (M, Σ N)
+    M,
+    NS: tl.constexpr,  # rows of each weight
+    RS: tl.constexpr,  # rank of each low-rank update, 0: none
+    PROGRAMS: tl.constexpr,  # of each weight
+    TURNS: tl.constexpr,  # groups of 16 ROWS rows that a program takes one behind the other, at most
+    R2: tl.constexpr,  # the largest rank up to a power of two, 0: no update
+    BIAS: tl.constexpr,  # 1 for each weight that has one
+    HAS_BIAS: tl.constexpr,  # any
+    N: tl.constexpr,  # Σ NS
+    RSUM: tl.constexpr,  # Σ RS
+    K: tl.constexpr,
+    BLOCK: tl.constexpr,
+    NESTED: tl.constexpr,
+    HALF: tl.constexpr,
+    TILES: tl.constexpr,  # of 8 tokens each; what lies behind them is taken by further programs
+    ROWS: tl.constexpr,  # times 16 rows that a warp takes at once
+    UNIT: tl.constexpr,  # blocks of 64 that a warp takes at once: 1, 2 or 4
+    AHEAD: tl.constexpr,  # units whose codes are under way
+    LOOK: tl.constexpr,  # of the four words of a block that a thread decodes, those looked up in shared memory
+    WARPS: tl.constexpr,  # 4, 8 or 16, side by side along K
+    EVEN: tl.constexpr,  # whole groups in every weight
+    EARLY: tl.constexpr,  # start before the launch before this one ends, and wait for it only where x is read
+):  # fmt: skip
+    BLOCKS: tl.constexpr = K // 64
+    STEPS: tl.constexpr = (BLOCKS + UNIT * WARPS - 1) // (UNIT * WARPS)
+    RAGGED: tl.constexpr = BLOCKS % (UNIT * WARPS) != 0  # some units end behind the row
+    PARTS: tl.constexpr = WARPS // 4
+    # Of the factors b that a thread adds to a sum, those read a turn ahead: four registers of them, or ranks up to 16
+    HELD: tl.constexpr = min((R2 + PARTS - 1) // PARTS, 4)
+    STRIDE: tl.constexpr = 512 + 128 // PARTS % 128  # so that parts read from different banks
+    KEEP: tl.constexpr = STEPS == 1 and TILES * UNIT <= 4  # a thread's x is the same in every turn
+    HOLD: tl.constexpr = not KEEP and TILES * UNIT <= 2  # x of the next unit is under way too
+    LATE: tl.constexpr = ROWS * TILES == 1  # sums are added up a turn later: shared memory holds two lots of them
+    thread = tl.arange(0, 32 * WARPS)
+    warp, lane = thread // 32, thread % 32
+    g, t = lane // 4, lane % 4
+
+    # Which weight?
+    pid = tl.program_id(0)
+    q_ptr, absmax_ptr, map_ptr, absmax2_ptr, offset_ptr, table_ptr, bias_ptr, b_ptr = parts[0]
+    n, R, has_bias = NS[0], RS[0], BIAS[0]
+    begin, column, r0 = 0, 0, 0  # its first program, its first column of y, its first column of xa
+    first, done, done_r = 0, 0, 0
+    for i in tl.static_range(1, len(NS)):
+        first += PROGRAMS[i - 1]
+        done += NS[i - 1]
+        done_r += RS[i - 1]
+        if pid >= first:
+            q_ptr, absmax_ptr, map_ptr, absmax2_ptr, offset_ptr, table_ptr, bias_ptr, b_ptr = parts[i]
+        n, R = tl.where(pid >= first, NS[i], n), tl.where(pid >= first, RS[i], R)
+        has_bias = tl.where(pid >= first, BIAS[i], has_bias)
+        begin, column = tl.where(pid >= first, first, begin), tl.where(pid >= first, done, column)
+        r0 = tl.where(pid >= first, done_r, r0)
+    row0 = (pid - begin) * (TURNS * 16 * ROWS)
+    last = tl.minimum(row0 + TURNS * 16 * ROWS, n)
+
+    # The first codes and scales, and all else that does not wait for x
+    held, scales = (), ()
+    yes = thread * 0 + 1
+    for i in tl.static_range(AHEAD):
+        start = row0 + i // STEPS * (16 * ROWS)
+        more = yes * (start < last).to(tl.int32)
+        rows = _rows(start, n, g, ROWS, EVEN)
+        unit = i % STEPS * WARPS + warp
+        held = held + _fetch(q_ptr, rows, unit, t, more, K, UNIT, RAGGED)
+        scales = scales + _fetch_scales(absmax_ptr, absmax2_ptr, rows, unit, t, more, K, UNIT, RAGGED, BLOCK, NESTED)
+    entry = table_ptr + HALF * 256 + lane
+    low = (tl.load(entry), tl.load(entry + 32), tl.load(entry + 64), tl.load(entry + 96))
+    high = (tl.load(entry + 128), tl.load(entry + 160), tl.load(entry + 192), tl.load(entry + 224))
+    offset = 0.0
+    if NESTED:
+        offset = tl.load(offset_ptr)
+    pairs_at, sums_at, flags_at = shared(thread)
+    start_flags(flags_at, yes * WARPS)
+    if LOOK:
+        for i in tl.static_range((255 + 32 * WARPS) // (32 * WARPS)):
+            byte = (thread + i * 32 * WARPS) % 256
+            pair, _1, _2, _3 = decode8(byte * 0x01010101, low, high)
+            for j in tl.static_range(4):
+                put_same(pairs_at + byte * 64 + (j + thread) % 4 * 16, pair)
+    pairs_at += lane % 16 * 4
+    tl.debug_barrier()
+    # A thread adds up value `value` of 128 (16 rows x 8 tokens) over every PARTS-th warp from `part` on
+    value, part = warp * (128 // WARPS) + lane % (128 // WARPS), lane // (128 // WARPS)
+    my_row = value // 16 + value % 4 // 2 * 8
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+
+    token = tl.program_id(1) * (8 * TILES) + g
+    xs, have = (), ()
+    for i in tl.static_range(TILES):
+        xs = xs + (x_ptr.to(tl.pointer_type(tl.uint8)) + (token + 8 * i).to(tl.int64) * (2 * K) + t * 32,)
+        have = have + ((token + 8 * i < M).to(tl.int32),)
+    x = ()
+    if KEEP or HOLD:
+        x = _fetch_x(xs, have, warp, K, UNIT, RAGGED)
+    zero = tl.zeros((32 * WARPS,), tl.float32)
+    none = (zero,) * (1 + HELD)
+    before, turn = none, 0
+    for begin_row in range(row0, last, 16 * ROWS):
+        bias_and_b = ()
+        for r in tl.static_range(ROWS):
+            row = begin_row + 16 * r + my_row
+            added = zero
+            if HAS_BIAS:
+                mask = (row < n) & (has_bias != 0) & (part == 0)
+                added += tl.load(bias_ptr + row, mask=mask, other=0.0).to(tl.float32)
+            bias_and_b = bias_and_b + (added,)
+            for i in tl.static_range(HELD):
+                k = i * PARTS + part
+                factor = tl.load(b_ptr + row.to(tl.int64) * R + k, mask=(row < n) & (k < R), other=0.0)
+                bias_and_b = bias_and_b + (factor.to(tl.float32),)
+        acc = (zero, zero, zero, zero) * (TILES * ROWS)
+        for step in range(STEPS):
+            unit = step * WARPS + warp
+            next_row0 = begin_row + (step + AHEAD) // STEPS * (16 * ROWS)
+            next_unit = (step + AHEAD) % STEPS * WARPS + warp
+            more = yes * (next_row0 < last).to(tl.int32)
+            rows = _rows(next_row0, n, g, ROWS, EVEN)
+            now = ()
+            for j in tl.static_range(2 * ROWS):
+                if NESTED:  # a product, then a sum
+                    now = now + (tl.load(map_ptr + scales[2 * j].to(tl.int32)) * scales[2 * j + 1] + offset,)
+                else:
+                    now = now + (scales[2 * j],)
+            words = held[: 4 * ROWS * UNIT]
+            held = held[4 * ROWS * UNIT :] + _fetch(q_ptr, rows, next_unit, t, more, K, UNIT, RAGGED)
+            scales = scales[4 * ROWS :] + _fetch_scales(
+                absmax_ptr, absmax2_ptr, rows, next_unit, t, more, K, UNIT, RAGGED, BLOCK, NESTED
+            )
+            if KEEP:
+                x_now = x
+            elif HOLD:
+                x_now = x
+                x = _fetch_x(xs, have, (step + 1) % STEPS * WARPS + warp, K, UNIT, RAGGED)
+            else:
+                x_now = _fetch_x(xs, have, unit, K, UNIT, RAGGED)
+            for b in tl.static_range(UNIT):
+                new = ()
+                for r in tl.static_range(ROWS):
+                    a00, a02, a10, a12 = _decode(words[(b * ROWS + r) * 4], 0, pairs_at, low, high, LOOK)
+                    a20, a22, a30, a32 = _decode(words[(b * ROWS + r) * 4 + 1], 2, pairs_at, low, high, LOOK)
+                    a01, a03, a11, a13 = _decode(words[(b * ROWS + r) * 4 + 2], 1, pairs_at, low, high, LOOK)
+                    a21, a23, a31, a33 = _decode(words[(b * ROWS + r) * 4 + 3], 3, pairs_at, low, high, LOOK)
+                    s0 = from_lane(now[2 * r], g * 4 + b)
+                    s1 = from_lane(now[2 * r + 1], g * 4 + b)
+                    for i in tl.static_range(TILES):
+                        xb = x_now[8 * (b * TILES + i) : 8 * (b * TILES + i) + 8]
+                        c0, c1, c2, c3 = mma(a00, a01, a02, a03, xb[0], xb[1], zero, zero, zero, zero, HALF)
+                        c0, c1, c2, c3 = mma(a10, a11, a12, a13, xb[2], xb[3], c0, c1, c2, c3, HALF)
+                        c0, c1, c2, c3 = mma(a20, a21, a22, a23, xb[4], xb[5], c0, c1, c2, c3, HALF)
+                        c0, c1, c2, c3 = mma(a30, a31, a32, a33, xb[6], xb[7], c0, c1, c2, c3, HALF)
+                        new = new + (
+                            acc[4 * (r * TILES + i)] + c0 * s0,
+                            acc[4 * (r * TILES + i) + 1] + c1 * s0,
+                            acc[4 * (r * TILES + i) + 2] + c2 * s1,
+                            acc[4 * (r * TILES + i) + 3] + c3 * s1,
+                        )
+                acc = new
+
+        # A warp puts its sums down and raises a flag; those of all warps are added up when all flags of a turn are up
+        if LATE:
+            if turn > 0:
+                _finish(
+                    turn - 1, begin_row - 16, 0, before,
+                    sums_at, flags_at, b_ptr, xa_ptr, y_ptr, M, n, column, R, r0, value, part,
+                    N, R2, RSUM, HELD, TILES, WARPS, PARTS, STRIDE,
+                )  # fmt: skip
+            before = bias_and_b
+        for r in tl.static_range(ROWS):
+            for i in tl.static_range(TILES):
+                four = acc[4 * (r * TILES + i) : 4 * (r * TILES + i) + 4]
+                at = sums_at + turn % 2 * (WARPS * STRIDE) + warp * STRIDE + lane * 16
+                put4(at, four[0], four[1], four[2], four[3])
+                raise_flag(flags_at + turn % 2 * 8)
+                if not LATE:
+                    _finish(
+                        turn, begin_row + 16 * r, i, bias_and_b[r * (1 + HELD) : (r + 1) * (1 + HELD)],
+                        sums_at, flags_at, b_ptr, xa_ptr, y_ptr, M, n, column, R, r0, value, part,
+                        N, R2, RSUM, HELD, TILES, WARPS, PARTS, STRIDE,
+                    )  # fmt: skip
+                turn += 1
+    if LATE:
+        _finish(
+            turn - 1, row0 + (turn - 1) * 16, 0, before,
+            sums_at, flags_at, b_ptr, xa_ptr, y_ptr, M, n, column, R, r0, value, part,
+            N, R2, RSUM, HELD, TILES, WARPS, PARTS, STRIDE,
+        )  # fmt: skip

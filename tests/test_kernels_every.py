@@ -1,0 +1,332 @@
+"""What is asked of every kernel alike: one small call of each.
+
+No byte before or behind an output changes, every byte inside is written, two runs give the same bits; tensors on two
+devices and a wish for Triton where it cannot run are refused.  `make memcheck` runs this file under NVIDIA's memory
+checker, which needs few cases: a new kernel adds one here (the last test counts them).
+"""
+
+import importlib
+import os
+import pkgutil
+from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+from torch import Tensor
+
+import lora.kernels
+from lora.kernels import adamw, attend, code4, code8, cross_entropy, dispatch, encode4, fold, gemv4, norm, rope, swiglu
+from lora.kernels.linear4 import Weight4, linears4
+from lora.quant.codebook import codebook, dynamic_map
+from lora.quant.weight import Packed, quantize_tensor
+
+PAD = 512  # bytes before and behind a buffer: more than the widest access of a thread, and a multiple of all of them
+Put = Callable[[Tensor], Tensor]  # where the inputs of a case go: the device under test, or a second one
+Call = Callable[[], list[Tensor]]
+CASES: dict[str, Callable[[Put], Call]] = {}
+
+
+def case(make: Callable[[Put], Call]) -> Callable[[Put], Call]:
+    CASES[make.__name__] = make
+    return make
+
+
+def half(*shape: int) -> Tensor:
+    return torch.randn(*shape).half()
+
+
+def by_the_twin(w: Tensor, double: bool) -> Packed:
+    """`w` in 4 bits, whatever the test asks of the kernels."""
+    with patch.dict(os.environ, LORA_KERNELS="torch"):
+        return quantize_tensor(w, block=64, double=double)
+
+
+# ---- one call of each kernel, in odd shapes ----
+def encoded(put: Put, kind: str, w: Tensor) -> Call:
+    code = codebook(kind)
+    w, cells, code = put(w), put(encode4.decision_cells(code)), put(code)
+    return lambda: list(encode4.quantize4(w, code, 64, cells))
+
+
+@case
+def quantize(put: Put) -> Call:
+    return encoded(put, "nf4", half(7, 143))
+
+
+@case
+def quantize_fp4(put: Put) -> Call:
+    return encoded(put, "fp4", torch.randn(7, 143))
+
+
+@case
+def quantize_words(put: Put) -> Call:
+    return encoded(put, "nf4", torch.randn(14, 143).bfloat16())
+
+
+@case
+def quantize_nested(put: Put) -> Call:
+    levels = dynamic_map()
+    absmax, sums = put(torch.rand(700)), put(torch.rand(3, dtype=torch.float64))
+    thresholds = put((levels[:-1] + levels[1:]) / 2)
+    return lambda: list(code8.quantize8(absmax, sums, thresholds))
+
+
+def decoded(put: Put, double: bool, start: int, width: int) -> Call:
+    n = 7 * 143 + 1
+    packed = by_the_twin(torch.randn(n), double)
+    q, scales = put(packed.q.view(-1)), tuple(put(t) for t in packed.scales)
+    table = put(code4.byte_table(packed.code))
+    if not width:
+        return lambda: [code4.dequantize4(q, scales, table, 64, n - start, torch.float16, start=start)]
+    out = put(torch.zeros(n // width, width + 5, dtype=torch.float16))
+
+    def call() -> list[Tensor]:
+        code4.dequantize4(q, scales, table, 64, n, torch.float16, out=out[:, :width])
+        return [out]
+
+    return call
+
+
+@case
+def dequantize(put: Put) -> Call:
+    return decoded(put, False, 0, 0)
+
+
+@case
+def dequantize_nested(put: Put) -> Call:
+    return decoded(put, True, 66, 0)
+
+
+@case
+def dequantize_into_rows(put: Put) -> Call:
+    return decoded(put, True, 0, 2)
+
+
+@case
+def rms_norm(put: Put) -> Call:
+    x, w = put(half(5, 33)), put(half(33))
+
+    def call() -> list[Tensor]:
+        y, s, r = norm.rms_norm_forward(x, None, w, 1e-5)
+        dx, dw = norm.rms_norm_backward(y, None, s, w, r, True, True)
+        assert dx is not None and dw is not None
+        return [y, r, dx, dw]
+
+    return call
+
+
+@case
+def rms_norm_add(put: Put) -> Call:
+    x, residual, w = put(half(5, 33)), put(half(5, 33)), put(half(33))
+    dx, again = put(half(5, 33)), put(half(5, 33))
+
+    def call() -> list[Tensor]:
+        y, s, r = norm.rms_norm_forward(x, residual, w, 1e-5)
+        norm.rms_norm_backward_into(y, y, s, w, r, dx, again)
+        return [y, s, r, dx, again]
+
+    return call
+
+
+@case
+def rotary(put: Put) -> Call:
+    angle = torch.randn(1, 3, 1, 6)
+    q, k, cos, sin = put(half(2, 3, 5, 12)), put(half(2, 3, 2, 12)), put(angle.cos().half()), put(angle.sin().half())
+
+    def call() -> list[Tensor]:
+        ys = rope.rope2(q, k, cos, sin)
+        rope.turn_into((q, k), (q, k), cos, sin, back=True)
+        return [*ys, q, k]
+
+    return call
+
+
+@case
+def gate(put: Put) -> Call:
+    g, u = put(half(3, 77)), put(half(3, 77))
+
+    def call() -> list[Tensor]:
+        h = swiglu.swiglu_forward(g, u)
+        return [h, *(t for t in swiglu.swiglu_backward(h, g, u, with_h=True) if t is not None)]
+
+    return call
+
+
+@case
+def likelihood(put: Put) -> Call:
+    z, t, g = put(half(3, 9001)), put(torch.tensor([0, 9000, 4097])), put(torch.rand(3))
+
+    def call() -> list[Tensor]:
+        nll, hit, stats = cross_entropy.statistics(z, t)
+        return [nll, hit, stats, cross_entropy.gradient(z, t, stats, g), *cross_entropy._overwrite(z, t, True)]
+
+    return call
+
+
+@case
+def adam(put: Put) -> Call:
+    w, g, m, v = (put(torch.rand(1500)) for _ in range(4))
+    hyper, scale, out16 = put(torch.tensor(adamw.rates(1e-2, 3))), put(torch.tensor(0.5)), put(half(1500))
+
+    def call() -> list[Tensor]:
+        adamw.adamw(w, g, m, v, hyper, scale=scale, out16=out16, zero=True)
+        return [w, g, m, v, out16]
+
+    return call
+
+
+@case
+def adam8(put: Put) -> Call:
+    m, v = (
+        adamw.Moment8(*(put(t) for t in moment[:3]), moment.zero)
+        for moment in (adamw.moment8(1500, dynamic_map(signed)) for signed in (True, False))
+    )
+    w, g, hyper = put(torch.rand(1500)), put(torch.randn(1500)), put(torch.tensor(adamw.rates(1e-2, 1)))
+
+    def call() -> list[Tensor]:
+        adamw.adamw8(w, g, m, v, hyper)
+        return [w, g, *m[:2], *v[:2]]
+
+    return call
+
+
+@case
+def attention_of_a_token(put: Put) -> Call:
+    B, H, Hkv, D, S = 2, 6, 2, 32, 70
+    q, k, v = put(half(B, H * D)), put(half(B, Hkv * D)), put(half(B, Hkv * D))
+    keys, values = put(half(B, Hkv, S, D)), put(half(B, Hkv, S, D))
+    at, start = put(torch.tensor([S - 1])), put(torch.tensor([0, 3]))
+    angle = torch.rand(B, D // 2)
+    cos, sin = put(angle.cos()), put(angle.sin())
+    return lambda: [attend.attend(q, k, v, keys, values, at, start, cos, sin), keys, values]
+
+
+@case
+def fringe(put: Put) -> Call:
+    out, src, bias = put(half(9, 100)), put(torch.randn(9, 5)), put(half(9))
+
+    def call() -> list[Tensor]:
+        fold.fringe(out[:, 30:94], src, 2, bias, last=7, scale=0.5)
+        fold.fringe(out[:, :30], src, 0, ones=True, last=6)
+        return [out]
+
+    return call
+
+
+@case
+def few_rows(put: Put) -> Call:
+    packed = by_the_twin(torch.randn(40, 192), True)
+    x, q, scales = put(half(3, 192)), put(packed.q.view(-1)), tuple(put(t) for t in packed.scales)
+    table, permute = put(code4.byte_table(packed.code)), put(gemv4.permute_table(packed.code))
+    bias, a, b = put(half(40)), put(torch.randn(5, 192)), put(half(40, 5))
+    weight = Weight4(q, scales, table, permute, 64, (40, 192))
+    return lambda: list(linears4(x, [weight], [bias], [(a, b, 0.5)]))
+
+
+# ---- what is asked of each ----
+class Room:
+    """Hands out buffers filled with one byte, inside longer ones, and knows whether those were touched outside."""
+
+    def __init__(self, byte: int, device: torch.device) -> None:
+        self.byte, self.device, self.wholes = byte, device, list[Tensor]()
+
+    def put(self, t: Tensor) -> Tensor:
+        room = self.empty(t.shape, dtype=t.dtype)
+        return room.copy_(t)
+
+    def empty(self, *shape: Any, dtype: torch.dtype = torch.float32, device: Any = None) -> Tensor:
+        """In place of torch.empty."""
+        shape = shape[0] if shape and not isinstance(shape[0], int) else shape
+        nbytes = torch.Size(shape).numel() * dtype.itemsize
+        whole = torch.full((nbytes + 2 * PAD,), self.byte, dtype=torch.uint8, device=self.device)
+        self.wholes.append(whole)
+        return whole[PAD : PAD + nbytes].view(dtype).view(shape)
+
+    @property
+    def untouched(self) -> bool:
+        return all((w[:PAD] == self.byte).all() and (w[-PAD:] == self.byte).all() for w in self.wholes)
+
+
+@pytest.fixture(params=CASES)
+def make(request: pytest.FixtureRequest) -> Callable[[Put], Call]:
+    return CASES[request.param]
+
+
+def skip_ptx(make: Callable[[Put], Call]) -> None:
+    if make is few_rows and dispatch.INTERPRETED:
+        pytest.skip("written in PTX, which Triton's interpreter does not know: test_kernels_gemv4.py stands in for it")
+
+
+def test_outputs_are_written_whole_and_nothing_beside_them_and_twice_alike(
+    make: Callable[[Put], Call], triton_device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    skip_ptx(make)
+    runs = []
+    for byte in (0xA5, 0x5A):  # what is not written differs between the two
+        torch.manual_seed(0)
+        room = Room(byte, triton_device)
+        call = make(room.put)
+        with monkeypatch.context() as patched:
+            patched.setattr(torch, "empty", room.empty)
+            got = call()
+        assert room.untouched
+        runs.append([t.contiguous().view(-1).view(torch.uint8).cpu() for t in got])
+    assert runs[0] and all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+def test_tensors_on_two_devices_are_refused(make: Callable[[Put], Call], triton_device: torch.device) -> None:
+    inputs = 0
+
+    def count(t: Tensor) -> Tensor:
+        nonlocal inputs
+        inputs += 1
+        return t
+
+    make(count)
+    for odd in range(inputs if make is not few_rows else 2):  # x and the codes choose the way
+        turn = iter(range(inputs))
+        call = make(lambda t, turn=turn, odd=odd: t.to("meta" if next(turn) == odd else triton_device))
+        with pytest.raises(ValueError, match=r"tensors on .*meta.*; move them to one device"):
+            call()
+
+
+def test_a_wish_for_triton_where_it_cannot_run_is_refused(
+    make: Callable[[Put], Call], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    call = make(lambda t: t)
+    monkeypatch.setenv("LORA_KERNELS", "triton")
+    monkeypatch.setattr(dispatch, "INTERPRETED", False)
+    with pytest.raises(RuntimeError, match="LORA_KERNELS=triton, but the tensors are on cpu; move them to a GPU"):
+        call()
+
+
+def kernels() -> Iterator[tuple[ModuleType, str]]:
+    """All Triton kernels that are launched: their modules and names."""
+    for info in pkgutil.iter_modules(lora.kernels.__path__):
+        module = importlib.import_module(f"lora.kernels.{info.name}")
+        for name, value in vars(module).items():
+            function = getattr(value, "fn", None)  # what triton.jit was put on
+            if name.endswith("_kernel") and getattr(function, "__module__", None) == module.__name__:
+                yield module, name
+
+
+def test_there_is_a_case_for_every_kernel(triton_device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    launched = set()
+
+    class Recorder:
+        def __init__(self, name: str, kernel: Any) -> None:
+            self.name, self.kernel = name, kernel
+
+        def __getitem__(self, grid: Any) -> Any:
+            launched.add(self.name)
+            return self.kernel[grid] if "gemv4" not in self.name or not dispatch.INTERPRETED else lambda *_, **__: None
+
+    found = [(module, name, f"{module.__name__}.{name}") for module, name in kernels()]
+    for module, name, full in found:
+        monkeypatch.setattr(module, name, Recorder(full, getattr(module, name)))
+    for make in CASES.values():
+        make(lambda t: t.to(triton_device))()
+    assert len(found) > 10 and launched == {full for _, _, full in found}
