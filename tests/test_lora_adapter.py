@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import lora
-from lora.models.fused import group_of
+from lora.models.spec import Plain, group_of
 
 KINDS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -40,7 +40,11 @@ def wrapped(kind: str, quantized: bool) -> Any:
 def test_a_fused_block_takes_plain_updates_alone(kind: str, quantized: bool) -> None:
     layer = wrapped(kind, quantized)
     assert layer.adapters["default"].is_plain() == (kind in PLAIN)
-    assert (group_of(layer) is not None) == (kind in PLAIN)
+    if kind in PLAIN:
+        assert group_of(layer).lows[0] is not None
+    else:
+        with pytest.raises(Plain, match="more than two factors"):
+            group_of(layer)
 
 
 @pytest.mark.parametrize("kind", KINDS)
