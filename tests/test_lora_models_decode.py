@@ -1,13 +1,16 @@
 """The decoder's step against the model's own forward; on a GPU, the recorded step against the CPU's tokens."""
 
 import copy
-from pathlib import Path
+import dataclasses
 
 import pytest
 import torch
 
 import lora
-from lora.models.decode import Decoder, decoder_for
+from lora.kernels import attend
+from lora.models import reading
+from lora.models.decode import Decoder
+from lora.models.decoders import decoder_for
 from lora.models.generate import generate_ids
 from lora.models.llama import Llama, LlamaConfig
 
@@ -15,12 +18,34 @@ CONFIG = LlamaConfig(
     vocab_size=101, hidden_size=128, intermediate_size=192, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=32,
     max_length=256,
 )  # fmt: skip
+FAMILIES = {
+    "llama": CONFIG,
+    "qwen2": dataclasses.replace(CONFIG, attention_bias=True),
+    "qwen3": dataclasses.replace(CONFIG, qk_norm=True),
+    "mistral": dataclasses.replace(CONFIG, windows=(6, 6, 6)),
+    "mixed": dataclasses.replace(CONFIG, windows=(None, 9, None), mlp_bias=True, output_bias=True),
+}
 PROMPTS = [[5, 6, 7], [9], [11, 12, 13, 14, 15, 16, 17, 18]]
 
 
-def tiny(adapters: bool = True) -> Llama:
+@pytest.fixture(params=[False, True], ids=["called", "buffered"])
+def buffered(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether factors go through buffers on a CPU too."""
+    if request.param:
+        monkeypatch.setattr(reading, "BUFFERED", {"cpu", "cuda"})
+    return request.param
+
+
+def another(model: Llama, name: str, r: int) -> None:
+    lora.wrap(model, r=r, name=name).eval()
+    for key, p in model.named_parameters():
+        if key.endswith(f".{name}.b"):
+            torch.nn.init.normal_(p, std=0.3)
+
+
+def tiny(adapters: bool = True, config: LlamaConfig = CONFIG) -> Llama:
     torch.manual_seed(3)
-    model = Llama(CONFIG)
+    model = Llama(config)
     for p in model.parameters():
         torch.nn.init.normal_(p, mean=1.0 if p.ndim == 1 else 0.0, std=0.15)
     lora.quantize(model)
@@ -42,25 +67,29 @@ def by_forward(model: Llama, prompt: list[int], new: int) -> list[int]:
     return ids[len(prompt) :]
 
 
-def test_tokens_equal_those_of_the_whole_forward() -> None:
-    model = tiny()
-    want = [by_forward(model, prompt, 20) for prompt in PROMPTS]
-    assert generate_ids(model, PROMPTS, 20) == want
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tokens_equal_those_of_the_whole_forward(family: str, buffered: bool) -> None:
+    model = tiny(config=FAMILIES[family])
+    assert Decoder(model, 1, 16).plain
+    want = [by_forward(model, prompt, 12) for prompt in PROMPTS]
+    assert generate_ids(model, PROMPTS, 12) == want
     assert len({tuple(row) for row in want}) == 3
 
 
 @torch.no_grad()
-def test_logits_of_a_step_equal_those_of_the_whole_forward() -> None:
+def test_logits_of_a_step_equal_those_of_the_whole_forward(buffered: bool) -> None:
     model = tiny()
     ids = torch.randint(101, (2, 9))
     decoder = Decoder(model, 2, 16)
     logits = decoder.begin(ids[:, :4], torch.ones(2, 4, dtype=torch.bool))
     for i in range(4, 9):
         torch.testing.assert_close(logits, model(ids[:, :i])[:, -1], rtol=1e-4, atol=1e-4)
-        logits = decoder.step(ids[:, i])
+        decoder.take(ids[:, i])
+        logits = decoder.step()
+    assert decoder.written(5) == ids[:, 4:].tolist()
 
 
-def test_another_adapter_no_adapter_and_a_merge_are_noticed() -> None:
+def test_another_adapter_no_adapter_and_a_merge_are_noticed(buffered: bool) -> None:
     model = tiny()
     first = generate_ids(model, PROMPTS, 12)
     with lora.disabled(model):
@@ -69,6 +98,76 @@ def test_another_adapter_no_adapter_and_a_merge_are_noticed() -> None:
     assert base != first == generate_ids(model, PROMPTS, 12)
     lora.merge(model)
     assert generate_ids(model, PROMPTS, 12) == [by_forward(model, p, 12) for p in PROMPTS]
+
+
+def test_adapters_are_switched_and_added_up_in_one_decoder(buffered: bool) -> None:
+    model = tiny()
+    another(model, "small", 3)
+    another(model, "large", 20)
+    decoder = Decoder(model, 1, 32)
+    ids = torch.tensor([[5, 6, 7]])
+    seen = []
+    for names in ("default", "small", ["small", "large"], "large", "default"):
+        lora.activate(model, names)
+        logits = decoder.begin(ids, torch.ones_like(ids, dtype=torch.bool))
+        with torch.no_grad():
+            torch.testing.assert_close(logits, model(ids)[:, -1], rtol=1e-4, atol=1e-4)
+        seen.append(logits)
+    assert torch.equal(seen[0], seen[-1]) and not torch.allclose(seen[0], seen[1], atol=1e-2)
+    if buffered:  # ranks 4 and 3 are padded to 16, 20 and 23 to 32
+        assert len(decoder.recordings) == 2
+
+
+@torch.no_grad()
+def test_a_smaller_adapter_leaves_nothing_of_a_larger_one_in_the_buffers(buffered: bool) -> None:
+    model = tiny(adapters=False)
+    another(model, "small", 5)
+    another(model, "large", 16)
+    ids = torch.tensor([[5, 6, 7]])
+    decoder = Decoder(model, 1, 32)
+    for name in ("large", "small"):
+        lora.activate(model, name)
+        logits = decoder.begin(ids, torch.ones_like(ids, dtype=torch.bool))
+        torch.testing.assert_close(logits, model(ids)[:, -1], rtol=1e-4, atol=1e-4)
+
+
+def test_layers_that_are_not_4_bit_or_dora_or_hooked_are_called(buffered: bool) -> None:
+    torch.manual_seed(4)
+    model = tiny(adapters=False)
+    dense = torch.nn.Linear(128, 128, bias=False)
+    torch.nn.init.normal_(dense.weight, std=0.15)
+    model.model.layers[0].self_attn.o_proj = dense
+    lora.wrap(model, r=2, dora=True, targets=["*.layers.1.*_proj"], name="d")
+    for name, p in model.named_parameters():
+        if name.endswith(".b"):
+            torch.nn.init.normal_(p, std=0.3)
+    model.eval()
+    seen: list[int] = []
+    model.model.layers[2].mlp.up_proj.register_forward_hook(lambda *a: seen.append(1))
+    want = [by_forward(model, p, 12) for p in PROMPTS]
+    seen.clear()
+    assert generate_ids(model, PROMPTS, 12) == want and len(seen) == 12
+
+
+def test_more_than_fits_is_refused() -> None:
+    decoder = Decoder(tiny(), 1, 6)
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with pytest.raises(ValueError, match="1 prompts of 4 tokens and 3 new ones do not fit"):
+        decoder.begin(ids, torch.ones_like(ids, dtype=torch.bool), new=3)
+    decoder.begin(ids, torch.ones_like(ids, dtype=torch.bool), new=2)
+    decoder.take()
+    decoder.step(greedy=True)
+    with pytest.raises(RuntimeError, match="a token more than the 6"):
+        decoder.take()
+
+
+def test_nan_in_the_logits_is_an_error_not_a_text() -> None:
+    model = tiny()
+    with torch.no_grad():
+        model.model.norm.weight[3] = torch.nan
+    for temperature in (0.0, 1.0):
+        with pytest.raises(RuntimeError, match="NaN or inf in row 0 of 3"):
+            generate_ids(model, PROMPTS, 5, temperature=temperature)
 
 
 def test_a_trained_copy_of_a_whole_block_is_not_looked_past() -> None:
@@ -88,20 +187,55 @@ def test_a_trained_norm_is_not_looked_past() -> None:
     assert generate_ids(model, PROMPTS, 12) == [by_forward(model, p, 12) for p in PROMPTS]
 
 
-def test_the_gpu_gives_the_tokens_of_the_cpu_in_float32(gpu: torch.device) -> None:
-    model = tiny()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_gpu_gives_the_tokens_of_the_cpu_in_float32(gpu: torch.device, family: str) -> None:
+    model = tiny(config=FAMILIES[family])
     want = generate_ids(model, PROMPTS, 40)
     model.to(gpu)
     assert generate_ids(model, PROMPTS, 40) == want
     decoder = decoder_for(model, 3, 48)
-    assert decoder.graph is not None
-    assert generate_ids(model, PROMPTS, 40) == want and decoder_for(model, 3, 48) is decoder
+    assert decoder.batch == 4 and True in decoder.now.steps
+    for _ in range(2):  # the second records the prompts, the third replays them
+        assert generate_ids(model, PROMPTS, 40) == want and decoder_for(model, 3, 48) is decoder
+    assert len(decoder.now.prompts) == 1
     with lora.disabled(model):
         assert generate_ids(model, PROMPTS, 40) != want
     assert generate_ids(model, PROMPTS, 40) == want
+    moved = copy.deepcopy(model)
+    assert generate_ids(moved, PROMPTS, 40) == want and decoder_for(moved, 3, 48) is not decoder
 
 
-def test_a_recorded_step_reads_trained_factors_where_they_lie(gpu: torch.device) -> None:
+def test_a_row_in_shares_gives_the_tokens_of_the_cpu(gpu: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny()
+    prompts = [[i % 100 for i in range(150)], [7] * 131]
+    want = generate_ids(model, prompts, 60)
+    monkeypatch.setattr(attend, "SHORT", 64)
+    model.to(gpu)
+    assert generate_ids(model, prompts, 60) == want
+    assert decoder_for(model, 2, 210).work is not None
+
+
+def test_adapters_are_switched_without_another_recording(gpu: torch.device) -> None:
+    model = tiny()
+    another(model, "second", 7)
+    want = {}
+    for name in ("default", "second"):
+        lora.activate(model, name)
+        want[name] = generate_ids(model, PROMPTS, 24)
+    assert want["default"] != want["second"]
+    model.to(gpu)
+    for name in ("default", "second", "default", "second"):
+        lora.activate(model, name)
+        assert generate_ids(model, PROMPTS, 24) == want[name]
+    decoder = decoder_for(model, 3, 32)
+    assert len(decoder.recordings) == 1
+    with lora.disabled(model):
+        base = generate_ids(model, PROMPTS, 24)
+    assert base not in want.values() and len(decoder.recordings) == 2
+    assert generate_ids(model, PROMPTS, 24) == want["second"] and len(decoder.recordings) == 2
+
+
+def test_a_recorded_step_reads_factors_trained_further(gpu: torch.device) -> None:
     model = tiny().to(gpu)
     before = generate_ids(model, PROMPTS, 24)
     decoder = decoder_for(model, 3, 32)
@@ -110,11 +244,50 @@ def test_a_recorded_step_reads_trained_factors_where_they_lie(gpu: torch.device)
             if name.endswith(".b"):
                 p.mul_(-1)
     after = generate_ids(model, PROMPTS, 24)
-    assert after != before and decoder_for(model, 3, 32) is decoder
+    assert after != before and decoder_for(model, 3, 32) is decoder and len(decoder.recordings) == 1
     assert after == [by_forward(model, p, 24) for p in PROMPTS]
 
 
-def test_bfloat16_on_a_gpu_follows_its_own_forward(gpu: torch.device, tmp_path: Path) -> None:
+def test_weights_that_moved_leave_no_recording_behind(gpu: torch.device) -> None:
+    model = tiny().to(gpu)
+    want = generate_ids(model, PROMPTS, 12)
+    decoder = decoder_for(model, 3, 20)
+    held = [t.clone() for t in model.buffers()]  # so that the old places are taken
+    for module in model.modules():
+        for name, buffer in list(module._buffers.items()):
+            module._buffers[name] = None if buffer is None else buffer.clone()
+    assert generate_ids(model, PROMPTS, 12) == want and len(held) > 0
+    assert decoder_for(model, 3, 20) is decoder and len(decoder.recordings) == 1
+
+
+def test_draws_on_a_gpu_follow_their_seed_and_stop(gpu: torch.device) -> None:
+    model = tiny().to(gpu)
+    draws = [generate_ids(model, PROMPTS, 40, temperature=0.7, top_k=20, top_p=0.9, seed=s) for s in (1, 1, 2)]
+    assert draws[0] == draws[1] != draws[2]
+    assert generate_ids(model, PROMPTS, 40, temperature=3.0, top_k=1) == generate_ids(model, PROMPTS, 40)
+    free = generate_ids(model, PROMPTS[:1], 100)[0]
+    stop = free[37]
+    assert generate_ids(model, PROMPTS[:1], 100, [stop])[0] == free[: free.index(stop)]
+
+
+def test_a_decoder_is_kept_for_each_of_a_few_shapes(gpu: torch.device) -> None:
+    model = tiny().to(gpu)
+    first = decoder_for(model, 1, 90)
+    assert decoder_for(model, 1, 97) is first and decoder_for(model, 3, 90) is not first
+    assert decoder_for(model, 1, 20) is first and decoder_for(model, 1, 200) is not first
+    assert decoder_for(model, 20, 90).batch == 24  # the fourth shape: the oldest goes
+    assert decoder_for(model, 3, 90) is not None and len(model.__dict__["_decoders"]) == 3
+
+
+def test_prompts_of_every_length_up_to_the_models_own(gpu: torch.device) -> None:
+    model = tiny()
+    for T, new in ((33, 95), (97, 31), (200, 56), (255, 1)):  # padded to 64 and 128; then no room for padding is left
+        prompt = [[i % 100 for i in range(T)]]
+        want = generate_ids(model.cpu(), prompt, new)
+        assert generate_ids(model.to(gpu), prompt, new) == want
+
+
+def test_bfloat16_on_a_gpu_follows_its_own_forward(gpu: torch.device) -> None:
     model = tiny().bfloat16().to(gpu)
     ids = torch.randint(101, (2, 30), device=gpu)
     decoder = Decoder(model, 2, 64)
@@ -125,7 +298,8 @@ def test_bfloat16_on_a_gpu_follows_its_own_forward(gpu: torch.device, tmp_path: 
             right, forward = exact(ids[:, :i])[:, -1], model(ids[:, :i])[:, -1].float()
             # the step rounds codes, the forward whole weights: one as good as the other
             assert (logits - right).norm() <= 2 * (forward - right).norm()
-            logits = decoder.step(ids[:, i])
+            decoder.take(ids[:, i])
+            logits = decoder.step()
 
 
 @pytest.mark.parametrize("stop_at", [0, 7, 8, 30])

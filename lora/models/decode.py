@@ -1,153 +1,299 @@
-"""Decoder: one token a row at a time, over a key-value cache of fixed size, on a GPU as one CUDA graph a token.
+"""Decoder: prompts, then one token a row at a time, over a key-value cache of fixed size; on a GPU as CUDA graphs.
 
-A token of an 8B model is some six hundred launches of a few microseconds: launched from Python they take thirty times
-as long as they run.  So the step is recorded once and replayed.  Nothing in it asks the host: the slot to write, the
-position and the token are tensors that the step itself moves on.  Trained factors are read where they lie, so further
-training needs no new recording; other active adapters, a merge or another shape do, and are noticed.
+A token of an 8B model is some three hundred launches of a few microseconds: launched from Python they take many times
+as long as they run.  So the step is recorded once and replayed, and with it the greedy choice.  Nothing in it asks the
+host: the slot to write, the token and the rows that have ended are tensors that the step itself moves on.  Prompts are
+recorded too, a length that comes the second time.  Trained factors are read anew for each prompt; adapters of other
+ranks or on other layers, a merge or another shape need a recording of their own, and a few are kept.
 On a CPU the same step runs directly.
 """
 
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from lora.kernels.attend import attend
-from lora.kernels.norm import rms_norm_add
-from lora.kernels.swiglu import swiglu
-from lora.layer import adapted, together
-from lora.models.base import Cache, CausalLM
-from lora.models.llama import MLP, Attention, Block, Llama, RMSNorm
+from lora.kernels.attend import attend, new_work
+from lora.kernels.choose import choose, note
+from lora.kernels.dispatch import can_overlap
+from lora.kernels.rope import rope
+from lora.kernels.scratch import mine
+from lora.models.base import Cache, CausalLM, attention, causal_mask
+from lora.models.reading import Group, Key, Reading, groups_of, key_of, plain
+
+ASK = 4  # tokens between two questions to a GPU whether all rows have ended
+PROMPT = 32  # prompts on a GPU are padded to a multiple of so many tokens, so that they share recordings
+RECORDED = 4096  # tokens of all prompts together, up to which launches matter
+PROMPTS = 8  # shapes of prompts recorded at once
+RECORDINGS = 4  # sets of adapters' shapes recorded at once
+
+
+class Recording:
+    """What has been recorded of a model for one state of it: places of weights, and ranks of adapters."""
+
+    def __init__(self, model: Any, groups: Sequence[Group]) -> None:
+        self.reading = Reading(model, groups)
+        self.steps: dict[bool, tuple[torch.cuda.CUDAGraph, Tensor]] = {}  # greedy: the graph and its logits
+        self.prompts: OrderedDict[tuple[int, bool], tuple[torch.cuda.CUDAGraph, Tensor, Tensor, Tensor]] = OrderedDict()
+        self.seen: set[object] = set()
+        self.scratch: list[Tensor] = []  # buffers that graphs write to, which others may have outgrown
 
 
 class Decoder:
-    """The state of `batch` rows of up to `length` tokens: fill it with `begin`, then call `step` for token by token."""
+    """The state of `batch` rows of up to `length` tokens.
+
+    `begin` reads prompts; `take` appends a token to each row; `step` gives the logits of the one behind it.
+    """
 
     def __init__(self, model: CausalLM, batch: int, length: int) -> None:
         device, _ = model.place()
         self.model: Any = model
-        self.batch, self.length, self.made_for = batch, length, recording_of(model)
+        self.device, self.batch, self.length, self.rows = device, batch, length, batch
         self.cache: Cache = model.new_cache(batch, length)
-        self.at = torch.zeros(1, dtype=torch.int64, device=device)  # the slot that the next token takes
-        self.start = torch.zeros(batch, dtype=torch.int64, device=device)  # a row's first real slot
-        self.token = torch.zeros(batch, dtype=torch.int64, device=device)
-        self.logits: Tensor | None = None
-        self.graph: torch.cuda.CUDAGraph | None = None
-        self.seen: list[Tensor] = []  # the tokens so far, kept for models that must start again (`restart`)
-        self.plain = plain(model, length)
+        self.at = torch.zeros(batch, dtype=torch.int64, device=device)  # the slot of a row's last token
+        self.start = torch.zeros_like(self.at)  # a row's first real slot
+        self.token = torch.zeros_like(self.at)
+        self.out = torch.zeros(batch, length + 1, dtype=torch.int64, device=device)  # tokens taken, by their slots
+        self.ends = torch.zeros(model.config.vocab_size, dtype=torch.bool, device=device)
+        self.stopped = torch.zeros(batch, dtype=torch.bool, device=device)
+        self.bad = torch.zeros_like(self.stopped)  # rows whose logits held NaN or inf
+        self.logits: Tensor = torch.empty(0)  # (B, V) of the token to come
+        self.prompt: Tensor = torch.empty(0)
+        self.plain = plain(model)
+        self.filled = 0  # slots of a row in use, by the host's count
+        self.recordings: OrderedDict[Key, Recording] = OrderedDict()
+        self.pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+        self.asked: tuple[torch.cuda.Event, Tensor] | None = None
         if self.plain:
-            self.inv_freq = model.config.inv_freq().to(device)
+            angle = torch.arange(length).float()[:, None] * model.config.inv_freq().to("cpu")
+            self.cos, self.sin = angle.cos().to(device), angle.sin().to(device)  # (length, D / 2) float32
+            self.work = new_work(self.cache.kv[0, 0], model.config.num_heads)
 
-    def begin(self, ids: Tensor, real: Tensor) -> Tensor:
-        """Reads prompts ids (B, T), padded on the left where `real` (B, T) is False; logits (B, V) of what follows."""
-        T = ids.shape[1]
+    # ---- what a caller does ----
+    @torch.no_grad()
+    def begin(self, ids: Tensor, real: Tensor, ends: Sequence[int] = (), new: int = 1) -> Tensor:
+        """Reads prompts ids (B, T), padded on the left where `real` (B, T) is False; logits (B, V) of what follows.
+
+        `ends`: the tokens that end a row; `new`: how many will be taken.  B may be smaller than the decoder's batch.
+        """
+        B, T = ids.shape
+        if T + new > self.length or self.batch < B:
+            raise ValueError(
+                f"{B} prompts of {T} tokens and {new} new ones do not fit a decoder for {self.batch} rows of "
+                f"{self.length} tokens"
+            )
+        self.rows, self.asked = B, None
+        if self.plain:
+            self._find()
         self.cache.used = 0
-        self.seen = [ids]
-        self.at.fill_(T)
+        room = -T % PROMPT if self.device.type == "cuda" and self.plain else 0
+        if T + room + new > self.length or self.batch * (T + room) > RECORDED:
+            room = 0
+        ids = torch.nn.functional.pad(ids, (room, 0, 0, self.batch - B))
+        real = torch.nn.functional.pad(real, (room, 0, 0, self.batch - B))
+        ids[B:], real[B:] = ids[:1], real[:1]  # rows to spare are as the first
+        padded = not bool(real.all())
+        T += room
+        self.filled = T
+        self.at.fill_(T - 1)
         self.start.copy_((~real).sum(dim=1))
-        positions = (real.cumsum(dim=1) - 1).clamp(min=0)
-        padding = None if bool(real.all()) else real
-        return self.model.logits(self.model.hidden(ids, padding, positions, self.cache)[:, -1]).float()
+        self.ends.zero_()
+        if known := [token for token in ends if 0 <= token < self.ends.numel()]:
+            self.ends[torch.tensor(known, device=self.device)] = True
+        self.stopped.fill_(False)
+        self.stopped[B:] = True
+        self.bad.fill_(False)
+        ids, real = ids.to(self.device, non_blocking=True), real.to(self.device, non_blocking=True)
+        self.prompt = ids
+        self.logits = self._prompt(ids, real, padded)
+        return self.logits[:B]
 
-    def step(self, token: Tensor) -> Tensor:
-        """Takes a token (B,) into the cache; logits (B, V) float32 of the one behind it, valid until the next step."""
-        self.token.copy_(token)
-        if not self.plain:
-            self.logits = self._plain_step()
-        elif self.token.device.type != "cuda":
-            self.logits = self._step()
-        elif self.graph is None:
-            self._record()
+    @torch.no_grad()
+    def take(self, token: Tensor | None = None) -> None:
+        """Appends a token (B,) to each row; None: the likeliest by the logits."""
+        self._grow()
+        self._take(token)
+
+    def _take(self, token: Tensor | None = None) -> None:
+        state = (self.token, self.at, self.out, self.ends, self.stopped, self.bad)
+        if token is None:
+            choose(self.logits, *state)
         else:
-            self.graph.replay()
-        assert self.logits is not None
-        return self.logits
+            if len(token) < self.batch:
+                token = torch.cat((token, token[:1].expand(self.batch - len(token))))
+            note(token, self.logits, *state)
 
-    def _record(self) -> None:
-        at = self.at.clone()
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            self._step()  # compiles what is not compiled yet, which a recording must not
-        torch.cuda.current_stream().wait_stream(side)
-        self.at.copy_(at)
+    @torch.no_grad()
+    def step(self, greedy: bool = False) -> Tensor:
+        """Logits (B, V) of what follows the tokens taken, valid until the next step.
+
+        `greedy` takes the likeliest in the same go.
+        """
+        if greedy:
+            self._grow()
+        if self.plain and self.device.type == "cuda":
+            self.logits = self._replay(greedy)
+        else:
+            self.logits = self._step() if self.plain else self._slow_step()
+            if greedy:
+                self._take()
+        return self.logits[: self.rows]
+
+    def _grow(self) -> None:
+        """Counts a token; beyond the cache a GPU would write to memory that is not its own."""
+        if self.filled >= self.length:
+            raise RuntimeError(f"a token more than the {self.length} that this decoder was made for")
+        self.filled += 1
+
+    def ended(self, step: int) -> bool:
+        """Whether all rows have ended, asked after each token `step`; of a GPU now and then, and answered later.
+
+        The answer of the question before is waited for while the GPU works on: it never runs dry.
+        """
+        if self.device.type == "cpu":
+            return bool(self.stopped.all())
+        if step % ASK != ASK - 1:
+            return False
+        before = self.asked
+        answer = torch.empty((), dtype=torch.bool, pin_memory=True)
+        answer.copy_(self.stopped.all(), non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+        self.asked = event, answer
+        if before is None:
+            return False
+        before[0].synchronize()
+        return bool(before[1])
+
+    def written(self, n: int) -> list[list[int]]:
+        """The last n tokens of each row.
+
+        Raises RuntimeError where a row's logits held NaN or inf: its tokens mean nothing.
+        """
+        T = self.prompt.shape[1]
+        got = torch.cat((self.out[: self.rows, T : T + n], self.bad[: self.rows, None]), dim=1).tolist()
+        wrong = [i for i, row in enumerate(got) if row[-1]]
+        if wrong:
+            raise RuntimeError(
+                f"the model's logits held NaN or inf in row {wrong[0]} of {len(got)}, so its tokens mean nothing; "
+                "look at the weights and at the adapters that are active"
+            )
+        return [row[:-1] for row in got]
+
+    # ---- recordings ----
+    def _find(self) -> None:
+        """The recording of the model's present state, with the factors of its active adapters."""
+        groups = groups_of(self.model)
+        key = key_of(self.model, groups)
+        for old in [k for k in self.recordings if k[0] != key[0]]:  # of weights that lie elsewhere now
+            del self.recordings[old]
+        found = self.recordings.get(key)
+        if found is None:
+            if len(self.recordings) == RECORDINGS:
+                self.recordings.popitem(last=False)
+            self.recordings[key] = Recording(self.model, groups)
+        else:
+            found.reading.fill(groups)
+        self.recordings.move_to_end(key)
+
+    @property
+    def now(self) -> Recording:
+        return next(reversed(self.recordings.values()))
+
+    def _record(self, run: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, pool=self.pool):
+            result = run()
+        self.now.scratch += mine().values()
+        return graph, result
+
+    def _replay(self, greedy: bool) -> Tensor:
+        """The step at once where it is the first, since a recording must not compile; else by its graph."""
+        now = self.now
+
+        def run() -> Tensor:
             self.logits = self._step()
-        self.graph = graph
-        graph.replay()  # a recording runs nothing
+            if greedy:
+                self._take()
+            return self.logits
+
+        if "step" not in now.seen:
+            now.seen.add("step")
+            return run()
+        if greedy not in now.steps:
+            now.steps[greedy] = self._record(run)
+        graph, logits = now.steps[greedy]
+        graph.replay()
+        return logits
+
+    def _prompt(self, ids: Tensor, real: Tensor, padded: bool) -> Tensor:
+        if not self.plain:
+            positions = (real.cumsum(dim=1) - 1).clamp(min=0)
+            h = self.model.hidden(ids, real if padded else None, positions, self.cache)
+            return self.model.logits(h[:, -1])
+        now, key = self.now, (ids.shape[1], padded)
+        if self.device.type != "cuda" or ids.numel() > RECORDED or key not in now.seen:
+            now.seen.add(key)
+            return self._read(ids, real, padded)
+        if key not in now.prompts:
+            if len(now.prompts) == PROMPTS:
+                now.prompts.popitem(last=False)
+            ids, real = ids.clone(), real.clone()
+            now.prompts[key] = (*self._record(lambda: self._read(ids, real, padded)), ids, real)
+        now.prompts.move_to_end(key)
+        graph, logits, kept_ids, kept_real = now.prompts[key]
+        kept_ids.copy_(ids)
+        kept_real.copy_(real)
+        graph.replay()
+        return logits
+
+    # ---- what is recorded ----
+    def _read(self, ids: Tensor, real: Tensor, padded: bool) -> Tensor:
+        """Prompts (B, T) through all layers into the cache; logits (B, V) of what follows."""
+        B, T = ids.shape
+        c = self.model.config
+        positions = (real.cumsum(dim=1) - 1).clamp(min=0)
+        x = self.model.embed(ids)
+        turn = [table[positions][:, :, None].to(x.dtype) for table in (self.cos, self.sin)]  # (B, T, 1, D / 2)
+        windows = {c.window(i) for i in range(c.num_layers)}
+        masks = {w: causal_mask(T, 0, real if padded else None, ids.device, w) for w in windows}
+        self.cache.used = 0
+
+        def attend_all(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            q, k, v = (t.view(B, T, -1, c.head_dim) for t in (q, k, v))
+            q, k = rope(q, *turn).transpose(1, 2), rope(k, *turn).transpose(1, 2)  # (B, H, T, D)
+            k, v = self.cache.extend(layer, k, v.transpose(1, 2))
+            return attention(q, k, v, masks[c.window(layer)]).transpose(1, 2).reshape(B * T, -1)
+
+        h = self.now.reading.forward(x.view(B * T, -1), attend_all)
+        return self.model.lm_head(h.view(B, T, -1)[:, -1])
 
     def _step(self) -> Tensor:
-        """One token through all layers; moves `at` on."""
-        decoder = self.model.model
-        x = decoder.embed_tokens(self.token)  # (B, d)
-        angle = (self.at - self.start)[:, None].float() * self.inv_freq  # (B, D / 2)
-        cos, sin = angle.cos(), angle.sin()
-        more = torch.zeros_like(x)  # what the block before adds to x, added inside the next norm
-        block: Any
-        for i, block in enumerate(decoder.layers):
-            a, mlp = block.self_attn, block.mlp
-            h, x = _norm_add(block.input_layernorm, more, x)
-            q, k, v = together(h, a.q_proj, a.k_proj, a.v_proj)
-            more = a.o_proj(attend(q, k, v, self.cache.kv[i, 0], self.cache.kv[i, 1], self.at, self.start, cos, sin))
-            h, x = _norm_add(block.post_attention_layernorm, more, x)
-            more = mlp.down_proj(swiglu(*together(h, mlp.gate_proj, mlp.up_proj)))
-        h, _ = _norm_add(decoder.norm, more, x)
-        self.at += 1
-        return self.model.lm_head(h).float()
+        """One token of each row through all layers; logits (B, V)."""
+        c = self.model.config
+        early = can_overlap(self.device)
 
-    def _plain_step(self) -> Tensor:
+        def attend_one(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            keys, values = self.cache.kv[layer]
+            window = c.window(layer) or 0
+            return attend(q, k, v, keys, values, self.at, self.start, self.cos, self.sin, window, self.work, early)
+
+        h = self.now.reading.forward(self.model.model.embed_tokens(self.token), attend_one, early)
+        return self.model.lm_head(h)
+
+    def _slow_step(self) -> Tensor:
         """The same by the model's own forward, for a model whose blocks are not those of llama.py (any more)."""
         used = self.cache.used
         limit = self.model.restart()
-        if limit is not None:
-            self.seen.append(self.token[:, None].clone())
-            if bool((used - self.start == limit).any()):  # this token is the first beyond the limit of its row
-                ids = torch.cat(self.seen, dim=1)
-                return self.begin(ids, torch.arange(used + 1, device=ids.device) >= self.start[:, None])
-        real = torch.arange(used + 1, device=self.start.device) >= self.start[:, None]
+        slots = torch.arange(used + 1, device=self.device)
+        real = slots >= self.start[:, None]
+        if limit is not None and bool((used - self.start == limit).any()):  # the first token beyond the row's limit
+            T = self.prompt.shape[1]
+            ids = torch.cat((self.prompt, self.out[:, T : used + 1]), dim=1)
+            self.cache.used = 0
+            return self._prompt(ids, real, not bool(real.all()))
         positions = (used - self.start)[:, None]
         h = self.model.hidden(self.token[:, None], real, positions, self.cache)
-        return self.model.logits(h[:, -1]).float()
-
-
-def plain(model: CausalLM, length: int) -> bool:
-    """Whether the step of this file is the model's own: Llama's blocks, no norms on q and k, no window in reach.
-
-    A whole attention or MLP may have been replaced by a trained copy, which the step would look past.
-    """
-    if type(model) is not Llama or model.config.qk_norm:
-        return False
-    if any(w is not None and w < length for w in model.config.windows):
-        return False
-    return all((type(b), type(b.self_attn), type(b.mlp)) == (Block, Attention, MLP) for b in model.model.layers)  # type: ignore[union-attr]
-
-
-def _norm_add(norm: nn.Module, more: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    """norm(x + more), and x + more; in one pass where the norm is the model's own."""
-    if type(norm) is RMSNorm:
-        return rms_norm_add(more, x, norm.weight, norm.eps)
-    x = x + more
-    return norm(x), x
-
-
-def recording_of(model: CausalLM) -> tuple[object, ...]:
-    """What a recording depends on besides its shapes: where weights lie, and which adapters take part."""
-    layers = tuple((x.active, x.off, x.merged is not None, x.by_row) for _, x in adapted(model))
-    return (*layers, *(t.data_ptr() for t in (*model.parameters(), *model.buffers())))
-
-
-def decoder_for(model: CausalLM, batch: int, length: int) -> Decoder:
-    """The model's decoder for this shape: the one of the last call where it still fits, else a new one.
-
-    Lengths are rounded up to 128 tokens, so that prompts of like length share a recording.
-    """
-    length = min(-(-length // 128) * 128, model.config.max_length)
-    kept = model.__dict__.get("_decoder")
-    if kept is not None and (kept.batch, kept.length, kept.made_for) == (batch, length, recording_of(model)):
-        return kept
-    model.__dict__["_decoder"] = None  # its cache goes before another is made
-    made = Decoder(model, batch, length)
-    if made.token.device.type == "cuda":
-        model.__dict__["_decoder"] = made
-    return made
+        return self.model.logits(h[:, -1])

@@ -12,12 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from lora.models.base import CausalLM, refuse_encoder
-from lora.models.decode import decoder_for
+from lora.models.decoders import decoder_for
 from lora.models.tokenizer import Tokenizer
 from lora.rows import given_in
 
 Prompt = str | Sequence[dict[str, Any]] | dict[str, Any]
-ASK = 8  # tokens between two questions to the GPU
 
 
 def generate(
@@ -100,13 +99,12 @@ def generate_ids(
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # neighbours in length pad each other least
     made: list[list[int]] = [[] for _ in prompts]
     was_training = model.training
-    model.eval()
+    if any(module.training for module in model.modules()):  # to say so to a thousand modules takes as long as a token
+        model.eval()
     try:
         for start in range(0, len(order), batch):
             group = order[start : start + batch]
-            rows = _run(
-                model, [prompts[i] for i in group], max_new_tokens, set(stop), temperature, top_k, top_p, draw, device
-            )
+            rows = _run(model, [prompts[i] for i in group], max_new_tokens, set(stop), temperature, top_k, top_p, draw)
             for i, row in zip(group, rows, strict=True):
                 made[i] = row
     finally:
@@ -124,7 +122,6 @@ def _run(
     top_k: int,
     top_p: float,
     draw: torch.Generator | None,
-    device: torch.device,
 ) -> list[list[int]]:
     B, T = len(prompts), max(map(len, prompts))
     ids = torch.zeros(B, T, dtype=torch.int64)
@@ -132,29 +129,24 @@ def _run(
     for row, prompt in enumerate(prompts):
         ids[row, T - len(prompt) :] = torch.tensor(prompt)
         real[row, T - len(prompt) :] = True
-    ids, real = ids.to(device), real.to(device)
     decoder = decoder_for(model, B, T + max_new_tokens)
-    ends = torch.tensor(sorted(stop), dtype=torch.int64, device=device)
-    logits = decoder.begin(ids, real)
-    tokens: list[Tensor] = []
-    stopped = torch.zeros(B, dtype=torch.bool, device=device)
-    for step in range(max_new_tokens):
-        tokens.append(pick(logits, temperature, top_k, top_p, draw))  # (B,)
-        stopped |= torch.isin(tokens[-1], ends)
-        # asking a GPU whether all rows have stopped waits for it, so it is asked now and then
-        ask = device.type == "cpu" or step % ASK == ASK - 1
-        if step + 1 == max_new_tokens or (ask and bool(stopped.all())):
-            break
-        logits = decoder.step(tokens[-1])
-    rows = torch.stack(tokens, dim=1).tolist()
-    return [list(itertools.takewhile(lambda t: t not in stop, row)) for row in rows]
+    greedy = temperature == 0
+    logits = decoder.begin(ids, real, sorted(stop), max_new_tokens)
+    decoder.take(None if greedy else pick(logits, temperature, top_k, top_p, draw))
+    made = 1
+    while made < max_new_tokens and not decoder.ended(made):
+        logits = decoder.step(greedy)
+        if not greedy:
+            decoder.take(pick(logits, temperature, top_k, top_p, draw))
+        made += 1
+    return [list(itertools.takewhile(lambda t: t not in stop, row)) for row in decoder.written(made)]
 
 
 def pick(logits: Tensor, temperature: float, top_k: int, top_p: float, draw: torch.Generator | None) -> Tensor:
     """One token id a row (B,) from logits (B, V): the likeliest, or a draw from the cut and tempered distribution."""
     if temperature == 0:
         return logits.argmax(dim=-1)
-    logits = logits / temperature
+    logits = logits.float() / temperature
     if top_k:
         least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
         logits = logits.masked_fill(logits < least, -torch.inf)
@@ -163,4 +155,6 @@ def pick(logits: Tensor, temperature: float, top_k: int, top_p: float, draw: tor
         p = value.softmax(dim=-1)
         beyond = p.cumsum(dim=-1) - p >= top_p  # the token that reaches p stays in
         logits = logits.masked_fill(torch.zeros_like(beyond).scatter(1, index, beyond), -torch.inf)
-    return torch.multinomial(logits.softmax(dim=-1), 1, generator=draw)[:, 0]
+    p = logits.softmax(dim=-1)
+    # a race of exponential clocks, as in torch.multinomial and with its draws, but without its questions to the GPU
+    return (p / torch.empty_like(p).exponential_(generator=draw)).argmax(dim=-1)
