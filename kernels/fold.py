@@ -24,7 +24,10 @@ from torch import Tensor
 from lora.kernels._triton import tl, triton
 from lora.kernels.code4 import dequantize4
 from lora.kernels.dispatch import use_triton
+from lora.kernels.dropout import Drop, dropped
+from lora.kernels.gate import gate_forward
 from lora.kernels.linear4 import Weight4
+from lora.kernels.norm import rms_norm_forward
 from lora.kernels.scratch import scratch
 
 ROOM = 64  # the added columns are a multiple of it, so that rows begin on 128 bytes and products get whole tiles
@@ -40,6 +43,11 @@ class Group(NamedTuple):
     biases: tuple[Tensor | None, ...]
     lows: tuple[Any, ...]  # Low, or None
     parts: int = 1
+    drops: tuple[Drop | None, ...] = ()  # of each layer's update, or none at all
+
+    @property
+    def drop(self) -> tuple[Drop | None, ...]:
+        return self.drops or (None,) * len(self.weights)
 
     @property
     def K(self) -> int:
@@ -194,7 +202,7 @@ def _stack_parts(group: Group, out: Tensor, scaled: bool) -> None:
 
 
 def _spread_parts(group: Group, out: Tensor) -> None:
-    """Every b of every part, then the biases, into `out` (Σ N, room): adapter by adapter, zeros elsewhere."""
+    """Every b of every part, the biases behind them, into `out` (Σ N, room): adapter by adapter, zeros elsewhere."""
     R = sum(group.ranks)
     out.zero_()
     columns = out[:, : group.parts * R].unflatten(1, (group.parts, R))  # (Σ N, k, Σ r)
@@ -239,6 +247,45 @@ def _decode(weights: Sequence[Weight4 | Tensor], out: Tensor) -> None:
         row += n
 
 
+def _low(group: Group, x: Tensor, a: Tensor) -> Tensor:
+    """T (M, Σ r), by parts (k, M / k, Σ r), of the group's input (M, K) and its scaled factors a (k Σ r, K)."""
+    if group.parts > 1:
+        return _runs(group, x) @ _runs(group, a).mT
+    if not any(group.drop):
+        return x @ a.T
+    t = torch.empty(x.shape[0], a.shape[0], dtype=x.dtype, device=x.device)
+    for part, rows, drop in zip(t.split(group.ranks, dim=1), a.split(group.ranks), group.drop, strict=True):
+        if part.shape[1]:
+            part.copy_((x if drop is None else _dropped(x, drop)) @ rows.T)
+    return t
+
+
+def _dropped(x: Tensor, drop: Drop) -> Tensor:
+    x = x if x.stride(1) == 1 else x.contiguous()
+    return dropped(x, drop, wide(x.shape[0], x.shape[1], 0, x, "dropped"))
+
+
+def normed(group: Group, x: Tensor, residual: Tensor | None, w: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """A group's input, with room, from a norm of x (+ residual), (M, K); what was normalised; and r (M, 1)."""
+    xw = wide(x.shape[0], group.K, group.room, x, "input")
+    _, s, r = rms_norm_forward(x, residual, w, eps, out=xw[:, : group.K])
+    return xw, s, r
+
+
+def taken(group: Group, x: Tensor) -> Tensor:
+    """A group's input, with room, from x (M, K)."""
+    xw = wide(x.shape[0], group.K, group.room, x, "input")
+    xw[:, : group.K].copy_(x)
+    return xw
+
+
+def gated(group: Group, g: Tensor, u: Tensor, gelu: bool) -> Tensor:
+    """A group's input act(g) u, with room."""
+    xw = wide(g.shape[0], group.K, group.room, g, "input")
+    gate_forward(g, u, gelu, xw[:, : group.K])
+    return xw
+
+
 def forward(group: Group, xw: Tensor, t: Tensor | None = None, add: Tensor | None = None, out: Tensor | None = None):
     """Y (M, Σ N) and T (M, Σ r), by parts (k, M / k, Σ r), of X in the first K columns of xw (M, K + room).
 
@@ -254,7 +301,7 @@ def forward(group: Group, xw: Tensor, t: Tensor | None = None, add: Tensor | Non
         ones = any(b is not None for b in group.biases)
         if R and t is None:
             a = stack_a(group, torch.empty(group.parts * R, K, dtype=xw.dtype, device=xw.device), scaled=True)
-            t = xw[:, :K] @ a.T if group.parts == 1 else _runs(group, xw[:, :K]) @ _runs(group, a).mT
+            t = _low(group, xw[:, :K], a)
         if group.parts > 1:
             _fringe_parts(group, xw[:, K:], t, ones)
         else:
@@ -267,15 +314,16 @@ def forward(group: Group, xw: Tensor, t: Tensor | None = None, add: Tensor | Non
     return y, t
 
 
-def backward(group: Group, dyw: Tensor, t: Tensor | None, out: Tensor | None = None):
-    """dX (M, K), U (M, Σ r) and db_i in turn, of dY in the first Σ N columns of dyw (M, Σ N + room).
+def backward(
+    group: Group, dyw: Tensor, t: Tensor | None, out: Tensor | None = None, dbs: list[Tensor | None] | None = None
+):
+    """dX (M, K), U (M, Σ r), by parts (k, M / k, Σ r), and db_i in turn, of dY in the first Σ N columns of dyw.
 
-    The other columns of dyw are written here.  dX goes into `out` where given.
+    dyw is (M, Σ N + room), and its other columns are written here.  dX goes into `out` where given, and db_i are `dbs`
+    where given.
     """
     K, R, N = group.K, sum(group.ranks), sum(group.sizes)
-    u: Tensor | None = None
-    dbs: list[Tensor | None] = []
-    dy = dyw[:, :N]
+    dy, u = dyw[:, :N], None
     room = dyw.shape[1] - N
     buffer = wide(N + room, K, 0, dyw, "weight")
     _decode(group.weights, buffer[:N])
@@ -283,25 +331,27 @@ def backward(group: Group, dyw: Tensor, t: Tensor | None, out: Tensor | None = N
         assert t is not None
         u, dbs = _backward_parts(group, dy, t)
     elif R:
-        assert t is not None
         b = wide(N, 0, group.room, dyw, "b")
         spread_b(group, b, scaled=True)
         u = dy @ b[:, :R]
-        row = at = 0
-        for n, r in zip(group.sizes, group.ranks, strict=True):
-            dbs.append(product32(dy[:, row : row + n].T, t[:, at : at + r]) if r else None)
-            row, at = row + n, at + r
-    else:
-        dbs = [None] * len(group.weights)
+    dbs = grad_b(group, dy, t) if dbs is None else dbs
     if room:
         if group.parts > 1:
             _fringe_parts(group, dyw[:, N:], u, ones=False)
         else:
             fringe(dyw[:, N:], u)
-        stack_a(group, buffer[N:], scaled=False)
+        a = stack_a(group, buffer[N:], scaled=False)
+        for rows, drop in zip(a[:R].split(group.ranks), group.drop, strict=True):
+            if drop is not None:
+                rows.zero_()  # what comes through this update is dropped first, below
     if out is None:
         out = torch.empty(dyw.shape[0], K, dtype=dyw.dtype, device=dyw.device)
-    return torch.mm(dyw, buffer, out=out), u, dbs
+    torch.mm(dyw, buffer, out=out)
+    for low, part, drop in zip(group.lows, columns(group, u), group.drop, strict=True):
+        if low and part is not None and drop is not None:
+            through = torch.mm(part, low[0].detach().to(out.dtype), out=wide(out.shape[0], K, 0, out, "dropped"))
+            dropped(through, drop, out, add=True)
+    return out, u, dbs
 
 
 def _backward_parts(group: Group, dy: Tensor, t: Tensor) -> tuple[Tensor, list[Tensor | None]]:
@@ -326,13 +376,42 @@ def product32(a: Tensor, b: Tensor) -> Tensor:
     return a @ b
 
 
-def grad_a(group: Group, u: Tensor | None, x: Tensor) -> list[Tensor | None]:
-    """da_i = U_iᵀ X of each layer, of each of its parts, None without an update; X (M, K) is the group's input."""
+def grad_b(group: Group, dy: Tensor, t: Tensor | None) -> list[Tensor | None]:
+    """db_i = dY_iᵀ T_i of each layer, None without an update."""
+    parts = zip(dy.split(group.sizes, dim=1), columns(group, t), strict=True)
+    return [None if part is None else product32(y.T, part) for y, part in parts]
+
+
+def scaled(group: Group, u: Tensor) -> Tensor:
+    """Columns U_i times s_i, in place."""
+    for part, low in zip(u.split(group.ranks, dim=1), group.lows, strict=True):
+        if low and low[2] != 1.0:
+            part.mul_(low[2])
+    return u
+
+
+def columns(group: Group, t: Tensor | None) -> list[Tensor | None]:
+    """T_i of each layer as columns of T (.., Σ r), None without an update."""
+    if t is None:
+        return [None] * len(group.weights)
+    return [part if part.shape[-1] else None for part in t.split(group.ranks, dim=-1)]
+
+
+def grad_a(
+    group: Group, u: Tensor | None, x: Tensor, r: Tensor | None = None, w: Tensor | None = None
+) -> list[Tensor | None]:
+    """da_i = U_iᵀ X of each layer, of each of its parts, None without an update; X (M, K) is the group's input.
+
+    Where that is a norm's output w * (r * x), with r (M, 1) float32, it need not exist: da = (r U)ᵀ x times w.
+    """
     if u is None:
         return [None] * len(group.weights)
-    da = product32(u.mT, x if group.parts == 1 else _runs(group, x))
-    found, at = [], 0
-    for r, low in zip(group.ranks, group.lows, strict=True):
-        found.append(da[..., at : at + r, :] if low else None)
-        at += r
-    return found
+    if group.parts > 1:
+        x, r = _runs(group, x), None if r is None else _runs(group, r)
+    u = (u if r is None else u * r).to(x.dtype)
+    if any(group.drop):
+        pairs = zip(columns(group, u), group.drop, strict=True)
+        das = [None if p is None else product32(p.T, x if drop is None else _dropped(x, drop)) for p, drop in pairs]
+    else:
+        das = [part if part.shape[-2] else None for part in product32(u.mT, x).split(group.ranks, dim=-2)]
+    return [da if da is None or w is None else da.mul_(w) for da in das]

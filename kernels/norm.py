@@ -287,12 +287,14 @@ def _backward_op(
 
 
 @torch.library.custom_op("lora::rms_norm_backward_into", mutates_args=("dx", "y"))
-def _backward_into_op(dy: Tensor, ds: Tensor | None, x: Tensor, w: Tensor, r: Tensor, dx: Tensor, y: Tensor) -> None:
+def _backward_into_op(
+    dy: Tensor, ds: Tensor | None, x: Tensor, w: Tensor, r: Tensor, dx: Tensor, y: Tensor | None
+) -> None:
     _launch_backward(dy, ds, x, w, r, False, dx, y)
 
 
 @_backward_into_op.register_fake
-def _(dy: Tensor, ds: Tensor | None, x: Tensor, w: Tensor, r: Tensor, dx: Tensor, y: Tensor) -> None:
+def _(dy: Tensor, ds: Tensor | None, x: Tensor, w: Tensor, r: Tensor, dx: Tensor, y: Tensor | None) -> None:
     return None
 
 
@@ -345,19 +347,22 @@ def rms_norm_backward(
 
 
 def rms_norm_backward_into(
-    dy: Tensor, ds: Tensor | None, x: Tensor, w: Tensor, r: Tensor, dx: Tensor, y: Tensor
+    dy: Tensor, ds: Tensor | None, x: Tensor, w: Tensor, r: Tensor, dx: Tensor, y: Tensor | None = None
 ) -> None:
     """`rms_norm_backward` of rows (M, d) into `dx`, and the forward's result again into `y`, of any row stride."""
     for name, t in (("dx", dx), ("y", y)):
+        if t is None:
+            continue
         if t.shape != x.shape or t.dim() != 2 or t.stride(1) != 1 or t.dtype != x.dtype:
             raise ValueError(f"{name} is {t.dtype} {tuple(t.shape)}; it must be {x.dtype} {tuple(x.shape)}, (M, d)")
-    if use_triton(dy, x, w, r, dx, y, *(() if ds is None else (ds,))):
+    if use_triton(dy, x, w, r, dx, *(t for t in (ds, y) if t is not None)):
         _backward_into_op(dy, ds, x, w, r, dx, y)
         return
     made, _ = _backward_ref(dy, ds, x, w, r, True, False)
     assert made is not None
     dx.copy_(made)
-    y.copy_((x.float() * r).to(x.dtype) * w)
+    if y is not None:
+        y.copy_((x.float() * r).to(x.dtype) * w)
 
 
 # ---- autograd ----

@@ -30,6 +30,7 @@ def land(
     if is_merged(model):
         raise RuntimeError("this model is merged; call lora.unmerge(model) before attaching an adapter")
     modules = candidates(model)
+    _gather_whole(modules, config, content)
     named = [*content.updates, *content.tokens, *content.biases, *content.whole]
     lost = sorted(path for path in named if path.replace(BASE, "") not in modules)
     if lost:
@@ -63,6 +64,15 @@ def land(
     except ValueError as e:
         raise ValueError(f"{directory / CONFIG}: {e}") from None
     return settings, places
+
+
+def _gather_whole(modules: Mapping[str, nn.Module], config: Mapping[str, Any], content: Contents) -> None:
+    """Brings the tensors of children to the module that was trained whole, where one with children was."""
+    for end in config.get("modules_to_save") or ():
+        for n in (n for n in modules if n.endswith(end)):
+            for path in [p for p in content.whole if p.startswith(n + ".")]:
+                inner = {f"{path.removeprefix(n + '.')}.{key}": t for key, t in content.whole.pop(path).items()}
+                content.whole.setdefault(n, {}).update(inner)
 
 
 def _base(module: Any) -> Any:

@@ -8,7 +8,7 @@ checker, which needs few cases: a new kernel adds one here (the last test counts
 import importlib
 import os
 import pkgutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 from unittest.mock import patch
@@ -367,14 +367,20 @@ def test_a_wish_for_triton_where_it_cannot_run_is_refused(
         call()
 
 
-def kernels() -> Iterator[tuple[ModuleType, str]]:
-    """All Triton kernels that are launched: their modules and names."""
-    for info in pkgutil.iter_modules(lora.kernels.__path__):
-        module = importlib.import_module(f"lora.kernels.{info.name}")
+def modules() -> list[ModuleType]:
+    names = [info.name for info in pkgutil.iter_modules(lora.kernels.__path__)]
+    return [importlib.import_module(f"lora.kernels.{name}") for name in names]
+
+
+def kernels() -> dict[str, Any]:
+    """All Triton kernels that are launched, by module and name."""
+    found = {}
+    for module in modules():
         for name, value in vars(module).items():
             function = getattr(value, "fn", None)  # what triton.jit was put on
             if name.endswith("_kernel") and getattr(function, "__module__", None) == module.__name__:
-                yield module, name
+                found[f"{module.__name__}.{name}"] = value
+    return found
 
 
 def test_there_is_a_case_for_every_kernel(triton_device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -388,13 +394,12 @@ def test_there_is_a_case_for_every_kernel(triton_device: torch.device, monkeypat
             launched.add(self.name)
             return self.kernel[grid] if "gemv4" not in self.name or not dispatch.INTERPRETED else lambda *_, **__: None
 
-    found = [(module, name, f"{module.__name__}.{name}") for module, name in kernels()]
-    files = {module for module, _, _ in found} | {gemv4}  # a kernel may be launched from another file than its own
-    for module, name, full in found:
-        kernel = getattr(module, name)
-        for file in files:
-            if getattr(file, name, None) is kernel:
-                monkeypatch.setattr(file, name, Recorder(full, kernel))
+    found = kernels()
+    for module in modules():
+        for name, value in list(vars(module).items()):
+            for full, kernel in found.items():
+                if value is kernel:
+                    monkeypatch.setattr(module, name, Recorder(full, kernel))
     for make in CASES.values():
         make(lambda t: t.to(triton_device))()
-    assert len(found) > 10 and launched == {full for _, _, full in found}
+    assert len(found) > 10 and launched == set(found)

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 import lora
-from lora.models.fused import group_of
+from lora.models import reading
+from lora.models.spec import Plain, group_of
 
 KINDS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -40,18 +41,23 @@ def wrapped(kind: str, quantized: bool) -> Any:
 def test_a_fused_block_takes_plain_updates_alone(kind: str, quantized: bool) -> None:
     layer = wrapped(kind, quantized)
     assert layer.adapters["default"].is_plain() == (kind in PLAIN)
-    assert (group_of(layer) is not None) == (kind in PLAIN)
+    if kind in PLAIN:
+        assert group_of(layer).lows[0] is not None
+    else:
+        with pytest.raises(Plain, match="more than two factors"):
+            group_of(layer)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_decoder_takes_plain_updates_alone(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    reading = pytest.importorskip("lora.models.reading", reason="decoding has no buffers for factors")
+def test_the_decoder_takes_what_its_factors_say_in_full(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reading, "BUFFERED", {"cpu"})
-    assert (reading.part_of(wrapped(kind, True)) is not None) == (kind in PLAIN)
+    layer = wrapped(kind, True)
+    part = reading.part_of(layer)
+    assert (part is not None) == (kind not in ("dora", "bias", "lora_bias"))
+    assert part is None or part.rank() >= layer.adapters["default"].factors()[0].shape[0]
 
 
 def test_a_recording_knows_which_rows_have_which_adapter() -> None:
-    reading = pytest.importorskip("lora.models.reading", reason="decoding has no buffers for factors")
     model: Any = nn.Sequential(nn.Linear(64, 96))
     lora.wrap(model, r=4, targets=["0"], name="one")
     lora.wrap(model, r=4, targets=["0"], name="two")

@@ -316,3 +316,10 @@ def test_a_setting_out_of_range_is_refused(settings: dict[str, Any]) -> None:
     [name] = settings
     with pytest.raises(ValueError, match=f"{name}="):
         lora.TrainConfig(**settings)
+
+
+def test_8_bits_are_refused_where_no_gpu_is(stories: Path) -> None:
+    with pytest.raises(ValueError, match=r"compute='fp8' was asked for, and the model is on cpu.*take compute='bf16'"):
+        lora.fit(*fresh(stories), rows(), config=quiet(compute="fp8"))
+    with pytest.raises(ValueError, match="compute='int8'"):
+        quiet(compute="int8")

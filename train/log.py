@@ -95,6 +95,13 @@ class Log:
                 self.sinks.remove(sink)
                 warnings.warn(f"a sink failed at step {entry['step']} and gets no more entries: {e!r}", stacklevel=2)
 
+    def say(self, sentence: str) -> None:
+        """A sentence for the person who looks on; the file does not get it."""
+        if self.bar:
+            self.bar.console.print(sentence, markup=False, highlight=False)
+        elif self.show:
+            print(sentence, file=sys.stderr, flush=True)
+
     def flush(self) -> int:
         """Brings the log to the disk; returns its length in bytes."""
         if not self.file:

@@ -21,6 +21,7 @@ from lora.eval.compare import compare
 from lora.eval.evaluate import evaluate
 from lora.eval.report import write_report
 from lora.files import refuse_filled, write_text
+from lora.kernels.fp8 import refusal
 from lora.kernels.scratch import keep_pages
 from lora.layer import adapted, updates
 from lora.models.base import Model, refuse_encoder
@@ -90,10 +91,10 @@ def fit(
     checkpoint yet begins again.  `sinks` get each entry of the log (`lora.train.sinks`); `notes` are kept in
     config.yaml and run.json: the path of the model, say.
 
-    Raises TypeError for an encoder; ValueError when nothing is trainable, a row cannot be used, the data is empty, or
-    `resume` is a checkpoint of another run; FileExistsError when `config.out` holds another run; RuntimeError on a
-    merged model, when a loss or gradient is not finite, or when the loss diverges; OSError when a file cannot be
-    written; a KeyboardInterrupt that names the checkpoint on Ctrl-C and SIGTERM.
+    Raises TypeError for an encoder; ValueError when nothing is trainable, a row cannot be used, the data is empty,
+    `config.compute` cannot be had, or `resume` is a checkpoint of another run; FileExistsError when `config.out` holds
+    another run; RuntimeError on a merged model, when a loss or gradient is not finite, or when the loss diverges;
+    OSError when a file cannot be written; a KeyboardInterrupt that names the checkpoint on Ctrl-C and SIGTERM.
     """
     config, notes, point = _settle(config, notes, resume)
     if config.out and resume is None:
@@ -165,6 +166,7 @@ def prepare(model: nn.Module, tokenizer: Tokenizer, train: Data, valid: Data | N
         raise ValueError(
             f"budget={config.budget!r} is kept by the Llama family's blocks, and this is {type(model).__name__}"
         )
+    _choose_compute(model, config.compute)
     torch.manual_seed(config.seed)
     keep_pages()  # a step frees and allocates the same hundreds of MB again and again
     optimizer = AdamW(
@@ -181,6 +183,18 @@ def prepare(model: nn.Module, tokenizer: Tokenizer, train: Data, valid: Data | N
     return Steps(
         model, tokenizer, examples, held_out, whole, steps, per_epoch, optimizer, config, identity, out, keep
     )  # fmt: skip
+
+
+def _choose_compute(model: nn.Module, compute: str) -> None:
+    """Tells a model's blocks what their base's products run in.  Raises ValueError where that cannot be had."""
+    if isinstance(model, Llama):
+        device, dtype = model.place()[0], model.place()[1]
+        why = f"the model is on {device}, not a GPU" if device.type != "cuda" else refusal(device, dtype)
+        if compute == "fp8" and why:
+            raise ValueError(f"compute='fp8' was asked for, and {why}; take compute='bf16'")
+        model.keeping.compute, model.keeping.said = compute, ""
+    elif compute == "fp8":
+        raise ValueError(f"compute='fp8' runs in the Llama family's blocks, and this is {type(model).__name__}")
 
 
 def _settle(

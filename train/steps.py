@@ -20,6 +20,7 @@ from lora.batch import Pack
 from lora.eval.evaluate import evaluate
 from lora.eval.nll import row_nll
 from lora.files import write_text
+from lora.models.llama import Llama
 from lora.models.tokenizer import Tokenizer
 from lora.render import Batch, Example, collate
 from lora.rows import Row
@@ -111,7 +112,10 @@ class Steps:
             while (collated := coming.take()) is not None:
                 if write and config.patience and self.progress.stale >= config.patience:
                     break
+                first = entry is None
                 entry = self.take(collated, coming.look)
+                if first and isinstance(self.model, Llama) and self.model.keeping.said:
+                    log.say(self.model.keeping.said)
                 self.progress.wall = before + time.perf_counter() - begin
                 if entry is None:
                     raise self._leave(log, write)

@@ -131,6 +131,8 @@ class Gemma3Config(Gemma2Config):
 class GemmaNorm(nn.Module):
     """RMSNorm whose weight is stored around 0 and multiplied in float32."""
 
+    around = 1.0  # what is added to the weight
+
     def __init__(self, d: int, eps: float) -> None:
         super().__init__()
         self.weight, self.eps = nn.Parameter(torch.zeros(d)), eps

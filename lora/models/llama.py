@@ -306,9 +306,16 @@ class Llama(CausalLM):
         windows = {c.window(i) for i in range(c.num_layers)}
         masks = {w: seen(ids.shape[1], used, padding, documents, ids.device, w) for w in windows}
         fast = x.device.type in FUSED or ("cuda" in FUSED and on_gpu(x))
-        one_step = cache is None and torch.is_grad_enabled() and self.block is Block
-        specs = fused.specs_of(self, x, masks, self.keeping) if one_step and fast else None
-        by_lean = one_step and not fast and x.device.type in LEAN and not on_gpu(x) and padding is None
+        one_step = cache is None and torch.is_grad_enabled()
+        specs = fused.specs_of(self, x, turns, masks, self.keeping) if one_step and fast else None
+        by_lean = (
+            one_step
+            and self.block is Block
+            and not fast
+            and x.device.type in LEAN
+            and not on_gpu(x)
+            and padding is None
+        )
         leans = lean.specs_of(self, x, documents, self.keeping) if by_lean else None
         tables = [lean.tables_of(cos, sin, c.head_dim) for cos, sin in turns] if leans is not None else []
         for i, b in enumerate(self.model.layers):

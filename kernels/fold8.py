@@ -1,0 +1,166 @@
+"""The products of fold.py in 8-bit floats: the frozen base at twice the speed, the updates beside it in full.
+
+    forward     [Y_1 | Y_2 | ..] = [X8 | T | T | T'] [W8 | B | B' | B]ᵀ       T = X8 (s a)ᵀ
+    backward    dX = [dY8 | U | U | U'] [W8 ; s a ; (s a)' ; s a]              U = dY b
+Here v' is what v loses to 8 bits, itself in 8 bits: three sets of columns carry an update as exactly as bfloat16 would,
+in the one product.  They share the row's scale with X8, and the weight's with W8, so they are brought to a like size by
+the largest b (or a) of the model; what would not fit becomes NaN, 16 times beyond the largest product of the base.
+W8 is the 4-bit weight decoded to e4m3 (for the backward: turned, since these products want both operands along K).
+dY is rounded row by row; U, da and db are made from it before that.  X is rounded once: the adapter reads what the
+base reads.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lora.kernels import fold
+from lora.kernels.fold import Group, spread_b, stack_a
+from lora.kernels.fp8 import (
+    F8,
+    TOP_FACTOR,
+    decode8,
+    gate8,
+    norm8,
+    product8,
+    rows8,
+    split8,
+)
+from lora.kernels.scratch import scratch
+
+WHOLE = 16  # sizes of these products are multiples of it
+
+
+class Eight(NamedTuple):
+    """What the products of one group need beside it."""
+
+    scale: float  # of its weights
+    a: Tensor  # () the largest magnitude of s a of the model's factors, float32
+    b: Tensor  # () that of b
+
+
+class Rounded(NamedTuple):
+    """A group's input: (M, K + room) e4m3, its last columns not written yet, and the scales (M, 1)."""
+
+    x8: Tensor
+    scale: Tensor
+
+
+def room(group: Group) -> int:
+    """Columns that the updates add."""
+    return -(-3 * sum(group.ranks) // WHOLE) * WHOLE
+
+
+def fits(group: Group) -> bool:
+    """Whether the sizes of the group are ones that the products take."""
+    return all(size % WHOLE == 0 for size in (group.K, *group.sizes))
+
+
+def _wide8(M: int, K: int, more: int, like: Tensor, use: str) -> Tensor:
+    return scratch(M * (K + more), F8, like.device, use).view(M, K + more)
+
+
+def normed(group: Group, x: Tensor, residual: Tensor | None, w: Tensor, eps: float) -> tuple[Rounded, Tensor, Tensor]:
+    """The group's input from a norm of x (+ residual), what was normalised, and r."""
+    x8 = _wide8(x.shape[0], group.K, room(group), x, "input8")
+    scale, s, r = norm8(x, residual, w, eps, x8[:, : group.K])
+    return Rounded(x8, scale), s, r
+
+
+def taken(group: Group, x: Tensor) -> Rounded:
+    """The group's input from x (M, K)."""
+    x8 = _wide8(x.shape[0], group.K, room(group), x, "input8")
+    return Rounded(x8, rows8(x, x8[:, : group.K]))
+
+
+def gated(group: Group, g: Tensor, u: Tensor, gelu: bool) -> Rounded:
+    """The group's input act(g) u."""
+    x8 = _wide8(g.shape[0], group.K, room(group), g, "input8")
+    return Rounded(x8, gate8(g, u, gelu, x8[:, : group.K]))
+
+
+def _one(scale: float, n: int, like: Tensor) -> Tensor:
+    return torch.full((1, n), scale, dtype=torch.float32, device=like.device)
+
+
+def _low(group: Group, eight: Eight, x: Rounded, like: Tensor) -> Tensor:
+    """T (M, Σ r) of the rounded input, by the same kind of product."""
+    R, K = sum(group.ranks), group.K
+    a = stack_a(group, torch.empty(R, K, dtype=like.dtype, device=like.device), scaled=True)
+    half = -(-R // (WHOLE // 2)) * (WHOLE // 2)
+    a8 = torch.empty(2 * half, K, dtype=F8, device=like.device)
+    split8(a8.T, a.T, "hl", eight.a)
+    a_scale = (eight.a / TOP_FACTOR).expand(1, 2 * half).contiguous()
+    M = x.scale.shape[0]
+    rows = x.x8.shape[1]
+    x8 = x.x8 if rows == K else x.x8.as_strided((M, K), (rows, 1))
+    t = product8(x8, x.scale, a8, a_scale, like.dtype)
+    return t[:, :R] + t[:, half : half + R]
+
+
+def forward(
+    group: Group, eight: Eight, x: Rounded, t: Tensor | None, like: Tensor, add: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Y (M, Σ N) in the dtype of `like` and T (M, Σ r) of a group's input, whose last columns are written here.
+
+    `t` is T where it is known already.  `add` (M, Σ N) is added to Y.
+    """
+    K, N, R, more = group.K, sum(group.sizes), sum(group.ranks), room(group)
+    w8 = _wide8(N, K, more, like, "weight8")
+    row = 0
+    for w in group.weights:
+        decode8(w, eight.scale, w8[row : row + w.shape[0], :K])
+        row += w.shape[0]
+    if R:
+        t = _low(group, eight, x, like) if t is None else t
+        split8(x.x8[:, K:], t, "hhl", eight.b, rows=x.scale, k=1.0 / (TOP_FACTOR * eight.scale))
+        row = at = 0
+        for n, r, low in zip(group.sizes, group.ranks, group.lows, strict=True):
+            b = low[1].detach() if low else torch.empty(n, 0, device=like.device)
+            split8(w8[row : row + n, K:], b, "hlh", eight.b, at=at)
+            row, at = row + n, at + r
+    bias = None
+    if any(b is not None for b in group.biases):
+        parts = zip(group.biases, group.sizes, strict=True)
+        bias = torch.cat([like.new_zeros(n) if b is None else b.detach().to(like.dtype) for b, n in parts])
+    y = product8(x.x8, x.scale, w8, _one(eight.scale, N, like), like.dtype, bias)
+    return (y if add is None else y.add_(add)), t
+
+
+def backward(
+    group: Group,
+    eight: Eight,
+    dy: Tensor,
+    t: Tensor | None,
+    dbs: list[Tensor | None] | None = None,
+    spend: bool = False,
+) -> tuple[Tensor, Tensor | None, list[Tensor | None]]:
+    """dX (M, K), s U (M, Σ r) and db_i in turn, of dY (M, Σ N); db_i are `dbs` where given.
+
+    With `spend`, dY is written over: its rows hold their own rounding.
+    """
+    K, N, R, more = group.K, sum(group.sizes), sum(group.ranks), room(group)
+    u = None
+    if R:
+        b = scratch(N * group.room, dy.dtype, dy.device, "b").view(N, group.room)
+        spread_b(group, b, scaled=False)
+        u = dy @ b[:, :R]
+    dbs = fold.grad_b(group, dy, t) if dbs is None else dbs
+    w8 = _wide8(K, N, more, dy, "weight8")
+    row = 0
+    for w in group.weights:
+        decode8(w, eight.scale, w8[:, row : row + w.shape[0]], turn=True)
+        row += w.shape[0]
+    if spend and dy.is_contiguous() and N * dy.element_size() >= N + more:
+        y8 = dy.view(F8)[:, : N + more]
+    else:
+        y8 = _wide8(dy.shape[0], N, more, dy, "input8")
+    scale = rows8(dy, y8[:, :N])
+    if u is not None:
+        split8(y8[:, N:], u, "hhl", eight.a, rows=scale, k=1.0 / (TOP_FACTOR * eight.scale))
+        a = stack_a(group, torch.empty(R, K, dtype=dy.dtype, device=dy.device), scaled=True)
+        split8(w8[:, N:], a.T, "hlh", eight.a)
+        u = fold.scaled(group, u)
+    dx = product8(y8, scale, w8, _one(eight.scale, K, dy), dy.dtype)
+    return dx, u, dbs

@@ -1,0 +1,451 @@
+"""Eight-bit floats (e4m3: sign, 4 bits of exponent, 3 of fraction) for the products of a frozen base.
+
+    x ≈ x8 * scale     one scale a row of activations or gradients, its largest magnitude over TOP
+    W ≈ w8 * scale     one scale a weight
+    y = (x8 w8ᵀ) scale_x scale_w, summed in float32 by the tensor cores at twice the speed of bfloat16
+A value keeps 4 significant bits wherever it lies between 2**-6 and 448, so a scale need not be tight: it leaves room
+above for columns that ride along (fold8.py).  A factor of LoRA must not lose bits: it goes as two such numbers,
+    v ≈ hi + lo,  hi = e4m3(v), lo = e4m3(v - hi)           8 significant bits, as bfloat16 has
+and v wᵀ as hi hi + hi lo + lo hi, three sets of columns.  What does not fit becomes NaN, and the loss with it.
+
+Source: arXiv:2209.05433 (the format); row scales as in arXiv:2409.12517.
+"""
+
+import torch
+from torch import Tensor
+
+from lora.kernels._triton import tl, triton
+from lora.kernels.code4 import NESTED, dequantize4, dequantize_scales
+from lora.kernels.dispatch import use_triton
+from lora.kernels.gate import _forward_ref as gate_ref
+from lora.kernels.gate import _unit
+from lora.kernels.linear4 import Weight4
+from lora.kernels.norm import _forward_ref as norm_ref
+from lora.kernels.scratch import scratch
+
+F8 = torch.float8_e4m3fn
+LARGEST = 448.0
+TOP = 112.0  # the largest magnitude of a row becomes this
+TOP_WEIGHT = 28.0
+TOP_FACTOR = 112.0
+TINY = 1e-20  # a row of zeros has scale TINY / TOP, not 0: something is divided by it
+
+# Rows, columns and warps of a program that decodes
+TILE, TILE_TURNED = (64, 256, 8), (128, 128, 4)
+
+SETS = {"hhl": (0, 0, 1), "hlh": (0, 1, 0), "hl": (0, 1)}  # 0 hi, 1 lo
+
+
+# ---- reference ----
+def to_f8(v: Tensor) -> Tensor:
+    """float32 values rounded to the nearest e4m3, ties to even; NaN where they do not fit."""
+    return torch.where(v.abs() > LARGEST, torch.nan, v).to(F8)
+
+
+def _rows_ref(x: Tensor, out: Tensor, scale: Tensor) -> None:
+    x = x.float()
+    amax = x.abs().amax(dim=1, keepdim=True).clamp(min=TINY)
+    scale.copy_(amax / TOP)
+    out.copy_(to_f8(x * (TOP / amax)))
+
+
+def _split_ref(
+    out: Tensor, src: Tensor, at: int, width: int, sets: str, amax: Tensor, rows: Tensor | None, k: float
+) -> None:
+    out.copy_(torch.zeros(out.shape, device=out.device).to(F8))
+    v = src.float() * ((k / amax) if rows is None else (k * amax) / rows)
+    hi = to_f8(v)
+    both = (hi, to_f8(v - hi.float()))
+    for i, which in enumerate(SETS[sets]):
+        out[:, i * width + at : i * width + at + src.shape[1]] = both[which]
+
+
+# ---- kernel ----
+@triton.jit
+def _f8(v):
+    return tl.where(tl.abs(v) > 448.0, float("nan"), v).to(tl.float8e4nv)
+
+
+@triton.jit
+def _rows_kernel(
+    x_ptr,  # (M, N)
+    out_ptr,  # (M, N) e4m3
+    scale_ptr,  # (M,) f32
+    N,
+    x_stride_m,
+    out_stride_m,
+    TOP: tl.constexpr,
+    TINY: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    col = tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + row * x_stride_m + col, mask=col < N, other=0.0).to(tl.float32)
+    amax = tl.maximum(tl.max(tl.abs(x), axis=0), TINY)
+    tl.store(scale_ptr + row, amax / TOP)
+    tl.store(out_ptr + row * out_stride_m + col, _f8(x * (TOP / amax)), mask=col < N)
+
+
+@triton.jit
+def _norm_kernel(
+    x_ptr,  # (M, D)
+    residual_ptr,  # (M, D), read only with ADD
+    w_ptr,  # (D,)
+    out_ptr,  # (M, D) e4m3
+    scale_ptr,  # (M,) f32
+    sum_ptr,  # (M, D) contiguous, written only with ADD
+    r_ptr,  # (M,) f32
+    x_stride_m,
+    residual_stride_m,
+    out_stride_m,
+    eps,
+    D: tl.constexpr,
+    ADD: tl.constexpr,
+    TOP: tl.constexpr,
+    TINY: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    col = tl.arange(0, BLOCK_D)
+    mask = col < D
+    x = tl.load(x_ptr + row * x_stride_m + col, mask=mask, other=0.0).to(tl.float32)
+    if ADD:
+        residual = tl.load(residual_ptr + row * residual_stride_m + col, mask=mask, other=0.0).to(tl.float32)
+        rounded = (x + residual).to(sum_ptr.dtype.element_ty)
+        tl.store(sum_ptr + row * D + col, rounded, mask=mask)
+        x = rounded.to(tl.float32)
+    r = tl.rsqrt(tl.sum(x * x, axis=0) / D + eps)
+    tl.store(r_ptr + row, r)
+    w = tl.load(w_ptr + col, mask=mask, other=0.0).to(tl.float32)
+    y = x * r * w
+    amax = tl.maximum(tl.max(tl.abs(y), axis=0), TINY)
+    tl.store(scale_ptr + row, amax / TOP)
+    tl.store(out_ptr + row * out_stride_m + col, _f8(y * (TOP / amax)), mask=mask)
+
+
+@triton.jit
+def _gate_kernel(
+    g_ptr,  # (M, F), as u
+    u_ptr,
+    out_ptr,  # (M, F) e4m3
+    scale_ptr,  # (M,) f32
+    F,
+    g_stride_m,
+    u_stride_m,
+    out_stride_m,
+    GELU: tl.constexpr,
+    TOP: tl.constexpr,
+    TINY: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    col = tl.arange(0, BLOCK)
+    mask = col < F
+    g = tl.load(g_ptr + row * g_stride_m + col, mask=mask, other=0.0).to(tl.float32)
+    u = tl.load(u_ptr + row * u_stride_m + col, mask=mask, other=0.0).to(tl.float32)
+    act, _ = _unit(g, GELU)
+    h = act * u
+    amax = tl.maximum(tl.max(tl.abs(h), axis=0), TINY)
+    tl.store(scale_ptr + row, amax / TOP)
+    tl.store(out_ptr + row * out_stride_m + col, _f8(h * (TOP / amax)), mask=mask)
+
+
+@triton.jit
+def _split_kernel(
+    out_ptr,  # (n, columns) e4m3
+    src_ptr,  # (n, r), any float
+    amax_ptr,  # () f32
+    rows_ptr,  # (n,) f32, read only with ROWS
+    n,
+    columns,
+    at,
+    r,
+    width,
+    out_stride_n,
+    out_stride_c,
+    src_stride_n,
+    src_stride_r,
+    k,
+    SCALED: tl.constexpr,  # the value is src * k * amax / rows, else src * k / amax
+    LO: tl.constexpr,  # bit i: set i of the columns is lo
+    COUNT: tl.constexpr,  # sets
+    LINES: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    line = tl.program_id(0).to(tl.int64) * LINES + tl.arange(0, LINES)[:, None]
+    col = tl.arange(0, BLOCK)[None, :]
+    which = col // width
+    j = col - which * width - at
+    there = (line < n) & (which < COUNT) & (j >= 0) & (j < r)
+    v = tl.load(src_ptr + line * src_stride_n + j * src_stride_r, mask=there, other=0.0).to(tl.float32)
+    amax = tl.load(amax_ptr)
+    if SCALED:
+        v = v * ((k * amax) / tl.load(rows_ptr + line, mask=line < n, other=1.0))
+    else:
+        v = v * (k / amax)
+    hi = _f8(v)
+    lo = _f8(v - hi.to(tl.float32))
+    value = tl.where(((LO >> which) & 1) == 1, lo.to(tl.float32), hi.to(tl.float32)).to(tl.float8e4nv)
+    tl.store(out_ptr + line * out_stride_n + col * out_stride_c, value, mask=(line < n) & (col < columns))
+
+
+@triton.jit
+def _decode_kernel(
+    q_ptr,  # (N, K / 2) u8
+    absmax_ptr,  # (N, K / BLOCK) f32, or u8 where nested
+    map_ptr,  # (256,) f32, and the next two, only where nested
+    absmax2_ptr,
+    offset_ptr,
+    table_ptr,  # (256, 2) f32 of byte_table
+    out_ptr,  # (N, K) e4m3, or (K, N) with TURN
+    inverse,  # 1 / scale
+    N,
+    K,
+    out_stride,
+    BLOCK: tl.constexpr,
+    NESTED: tl.constexpr,
+    TURN: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+):
+    n = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)[:, None]
+    k0 = tl.program_id(1) * BK
+    BLOCKS: tl.constexpr = BK // BLOCK
+    b = n * (K // BLOCK) + k0 // BLOCK + tl.arange(0, BLOCKS)[None, :]  # (BN, BLOCKS)
+    live = (n < N) & (k0 + tl.arange(0, BLOCKS)[None, :] * BLOCK < K)
+    if NESTED:
+        level = tl.load(map_ptr + tl.load(absmax_ptr + b, mask=live, other=0).to(tl.int32))
+        scale = level * tl.load(absmax2_ptr + b // NESTED, mask=live, other=0.0) + tl.load(offset_ptr)
+    else:
+        scale = tl.load(absmax_ptr + b, mask=live, other=0.0)
+    scale = scale * inverse
+    scale = tl.reshape(tl.broadcast_to(scale[:, :, None], (BN, BLOCKS, BLOCK // 2)), (BN, BK // 2))
+    byte_col = k0 // 2 + tl.arange(0, BK // 2)[None, :]
+    byte = tl.load(q_ptr + n * (K // 2) + byte_col, mask=(n < N) & (byte_col < K // 2), other=0).to(tl.int32)
+    high = tl.load(table_ptr + 2 * (byte >> 4) + 1) * scale
+    low = tl.load(table_ptr + 2 * (byte & 15) + 1) * scale
+    w = tl.interleave(high, low)  # (BN, BK)
+    if TURN:
+        k = (k0 + tl.arange(0, BK)[:, None]).to(tl.int64)
+        m = tl.program_id(0) * BN + tl.arange(0, BN)[None, :]
+        tl.store(out_ptr + k * out_stride + m, tl.trans(_f8(w)), mask=(k < K) & (m < N))
+    else:
+        k = k0 + tl.arange(0, BK)[None, :]
+        tl.store(out_ptr + n * out_stride + k, _f8(w), mask=(n < N) & (k < K))
+
+
+# ---- launch ----
+def _direct(out: Tensor) -> bool:
+    """Whether a kernel may be launched without its op, which costs the host 20 us a call: nobody traces.
+
+    A step in 8 bits makes some 2,500 such calls, and its GPU is done in 0.4 s.
+    """
+    return type(out) is Tensor and not torch.compiler.is_compiling()
+
+
+def _warps(block: int) -> int:
+    """Of a program that holds a row: 32 values a thread, 16 bytes at a time."""
+    return max(1, min(32, block // 1024))
+
+
+def _rows_launch(x: Tensor, out: Tensor, scale: Tensor) -> None:
+    M, N = x.shape
+    BLOCK = triton.next_power_of_2(N)
+    with torch.cuda.device_of(x):  # Triton launches on the current device, not on the tensors'
+        _rows_kernel[(M,)](
+            x, out, scale, N, x.stride(0), out.stride(0), TOP=TOP, TINY=TINY, BLOCK=BLOCK, num_warps=_warps(BLOCK)
+        )
+
+
+_rows_op = torch.library.custom_op("lora::rows8", mutates_args=("out", "scale"))(_rows_launch)
+
+
+@_rows_op.register_fake
+def _(x: Tensor, out: Tensor, scale: Tensor) -> None:
+    return None
+
+
+def rows8(x: Tensor, out: Tensor) -> Tensor:
+    """x (M, N) of any row stride into `out` (M, N) e4m3; its scales (M, 1) float32."""
+    scale = torch.empty(x.shape[0], 1, dtype=torch.float32, device=x.device)
+    x = x if x.stride(1) == 1 else x.contiguous()
+    if use_triton(x, scale):
+        (_rows_launch if _direct(out) else _rows_op)(x, out, scale)
+    else:
+        _rows_ref(x, out, scale)
+    return scale
+
+
+def _norm_launch(
+    x: Tensor, residual: Tensor | None, w: Tensor, eps: float, out: Tensor, scale: Tensor
+) -> tuple[Tensor, Tensor]:
+    M, D = x.shape
+    s = torch.empty(x.shape if residual is not None else (0,), dtype=x.dtype, device=x.device)
+    r = torch.empty(M, 1, dtype=torch.float32, device=x.device)
+    added = x if residual is None else residual
+    BLOCK_D = triton.next_power_of_2(D)
+    with torch.cuda.device_of(x):
+        _norm_kernel[(M,)](
+            x, added, w, out, scale, s, r, x.stride(0), added.stride(0), out.stride(0), eps, D=D,
+            ADD=residual is not None, TOP=TOP, TINY=TINY, BLOCK_D=BLOCK_D, num_warps=_warps(BLOCK_D),
+        )  # fmt: skip
+    return s, r
+
+
+_norm_op = torch.library.custom_op("lora::norm8", mutates_args=("out", "scale"))(_norm_launch)
+
+
+@_norm_op.register_fake
+def _(x: Tensor, residual: Tensor | None, w: Tensor, eps: float, out: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    s = x.new_empty(x.shape if residual is not None else (0,))
+    return s, x.new_empty((x.shape[0], 1), dtype=torch.float32)
+
+
+def norm8(x: Tensor, residual: Tensor | None, w: Tensor, eps: float, out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """RMSNorm of x (or x + residual), (M, D), into `out` (M, D) e4m3; its scales (M, 1), what was normalised, and r."""
+    scale = torch.empty(x.shape[0], 1, dtype=torch.float32, device=x.device)
+    if use_triton(x, w, scale, *(() if residual is None else (residual,))):
+        s, r = (_norm_launch if _direct(out) else _norm_op)(x, residual, w, eps, out, scale)
+        return scale, x if residual is None else s, r
+    s = x if residual is None else x + residual
+    y, r = norm_ref(s.float(), w.float(), eps)
+    _rows_ref(y, out, scale)
+    return scale, s, r
+
+
+def _gate_launch(g: Tensor, u: Tensor, gelu: bool, out: Tensor, scale: Tensor) -> None:
+    M, F = g.shape
+    BLOCK = triton.next_power_of_2(F)
+    with torch.cuda.device_of(g):
+        _gate_kernel[(M,)](
+            g, u, out, scale, F, g.stride(0), u.stride(0), out.stride(0), GELU=gelu, TOP=TOP, TINY=TINY, BLOCK=BLOCK,
+            num_warps=_warps(BLOCK),
+        )  # fmt: skip
+
+
+_gate_op = torch.library.custom_op("lora::gate8", mutates_args=("out", "scale"))(_gate_launch)
+
+
+@_gate_op.register_fake
+def _(g: Tensor, u: Tensor, gelu: bool, out: Tensor, scale: Tensor) -> None:
+    return None
+
+
+def gate8(g: Tensor, u: Tensor, gelu: bool, out: Tensor) -> Tensor:
+    """act(g) * u (gate.py), (M, F), into `out` (M, F) e4m3; its scales (M, 1)."""
+    scale = torch.empty(g.shape[0], 1, dtype=torch.float32, device=g.device)
+    if use_triton(g, u, scale):
+        (_gate_launch if _direct(out) else _gate_op)(g, u, gelu, out, scale)
+    else:
+        _rows_ref(gate_ref(g.float(), u.float(), gelu, torch.empty(g.shape, device=g.device)), out, scale)
+    return scale
+
+
+def _split_launch(
+    out: Tensor, src: Tensor, at: int, width: int, sets: str, amax: Tensor, rows: Tensor | None, k: float
+) -> None:
+    n, columns = out.shape
+    BLOCK = triton.next_power_of_2(columns)
+    LINES = max(1, 2048 // BLOCK)
+    with torch.cuda.device_of(out):
+        _split_kernel[(-(-n // LINES),)](
+            out, src, amax, amax if rows is None else rows, n, columns, at, src.shape[1], width, *out.stride(),
+            *src.stride(), k, SCALED=rows is not None, LO=sum(lo << i for i, lo in enumerate(SETS[sets])),
+            COUNT=len(sets), LINES=LINES, BLOCK=BLOCK, num_warps=4,
+        )  # fmt: skip
+
+
+_split_op = torch.library.custom_op("lora::split8", mutates_args=("out",))(_split_launch)
+
+
+@_split_op.register_fake
+def _(out: Tensor, src: Tensor, at: int, width: int, sets: str, amax: Tensor, rows: Tensor | None, k: float) -> None:
+    return None
+
+
+def split8(
+    out: Tensor, src: Tensor, sets: str, amax: Tensor, at: int = 0, rows: Tensor | None = None, k: float = TOP_FACTOR
+) -> None:
+    """Writes all of `out` (n, columns) e4m3: v of src (n, r) from column `at` of each of the `sets` on, 0 elsewhere.
+
+    `sets` is a key of SETS; each is a width of as many columns as src's group has, at + r or more: columns over sets,
+    rounded down.  v = src k / amax, or with `rows` (n, 1), the scales of the columns before, src k amax / rows.
+    """
+    width = out.shape[1] // len(sets)
+    if use_triton(src, amax, *(() if rows is None else (rows,))):
+        (_split_launch if _direct(out) else _split_op)(out, src, at, width, sets, amax, rows, k)
+    else:
+        _split_ref(out, src, at, width, sets, amax, rows, k)
+
+
+def _decode_launch(
+    q: Tensor, scales: list[Tensor], table: Tensor, out: Tensor, block: int, N: int, K: int, inverse: float, turn: bool
+) -> None:
+    nested = len(scales) > 1
+    level, absmax2, offset = scales[1:] if nested else (scales[0],) * 3
+    BN, BK, num_warps = TILE_TURNED if turn else TILE
+    BK = max(BK, block)
+    with torch.cuda.device_of(q):
+        _decode_kernel[(-(-N // BN), -(-K // BK))](
+            q, scales[0], level, absmax2, offset, table, out, inverse, N, K, out.stride(0), BLOCK=block,
+            NESTED=NESTED if nested else 0, TURN=turn, BN=BN, BK=BK, num_warps=num_warps,
+        )  # fmt: skip
+
+
+_decode_op = torch.library.custom_op("lora::decode8", mutates_args=("out",))(_decode_launch)
+
+
+@_decode_op.register_fake
+def _(
+    q: Tensor, scales: list[Tensor], table: Tensor, out: Tensor, block: int, N: int, K: int, inverse: float, turn: bool
+) -> None:
+    return None
+
+
+def decode8(weight: Weight4 | Tensor, scale: float, out: Tensor, turn: bool = False) -> None:
+    """The weight (N, K) over `scale` into `out` (N, K) e4m3 of any row stride, or turned into (K, N)."""
+    N, K = weight.shape
+    whole = isinstance(weight, Weight4) and K % weight.block == 0 and weight.block <= 512
+    if isinstance(weight, Weight4) and whole and use_triton(weight.q, *weight.scales, weight.table):
+        launch = _decode_launch if _direct(out) else _decode_op
+        launch(weight.q, list(weight.scales), weight.table, out, weight.block, N, K, 1.0 / scale, turn)
+        return
+    if isinstance(weight, Weight4):
+        q, scales, table, _, block, _ = weight
+        buffer = scratch(N * K + 1, torch.float32, q.device, "decode8")
+        dense = dequantize4(q, scales, table, block, N * K, torch.float32, out=buffer).view(N, K)
+    else:
+        dense = weight.detach().float()
+    value = to_f8(dense * (1.0 / scale))
+    out.copy_(value.T if turn else value)
+
+
+def weight_scale(weight: Weight4 | Tensor) -> float:
+    """The scale of a weight: its largest magnitude over TOP_WEIGHT.  Waits for the device."""
+    if isinstance(weight, Weight4):
+        scales = weight.scales
+        absmax = scales[0] if len(scales) == 1 else dequantize_scales(scales[0], scales[1], scales[2], scales[3])
+        largest = absmax.abs().max() * weight.table.abs().max()
+    else:
+        largest = weight.detach().abs().max()
+    return max(float(largest), TINY) / TOP_WEIGHT
+
+
+def product8(
+    x8: Tensor, x_scale: Tensor, w8: Tensor, w_scale: Tensor, dtype: torch.dtype, bias: Tensor | None = None
+) -> Tensor:
+    """x8 (M, K) w8ᵀ (K, N) by their scales (M, 1) and (1, N), plus a bias (N,), as (M, N) of `dtype`."""
+    if x8.is_cuda:
+        y = torch._scaled_mm(x8, w8.t(), x_scale, w_scale, bias=bias, out_dtype=torch.bfloat16, use_fast_accum=True)
+        return y if dtype == torch.bfloat16 else y.to(dtype)
+    y = (x8.float() @ w8.float().T) * x_scale * w_scale
+    return (y if bias is None else y + bias.float()).to(dtype)
+
+
+def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why products in 8 bits cannot run with states of `dtype` on `device`; None where they can."""
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (9, 0):
+        return f"{torch.cuda.get_device_name(device)} multiplies no 8-bit floats at speed: Hopper and newer do"
+    if device.type == "cuda" and dtype != torch.bfloat16:
+        return f"the model is in {str(dtype).removeprefix('torch.')}; its states must be in bfloat16"
+    return None
