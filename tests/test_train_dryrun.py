@@ -6,8 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 from tiny import give_tokenizer
+from torch._subclasses.fake_tensor import FakeTensor
 
 import lora
+from lora.kernels import causal
+from lora.kernels.scratch import mine
 from lora.models import llama
 from lora.models.budget import account, widths_of
 from lora.models.gemma import Gemma3Config
@@ -118,6 +121,20 @@ def test_a_model_can_be_planned_as_it_stands(folder: Path) -> None:
         got = count(like(model), fake_batch(mode, batch))
     assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
     assert got == count(model, batch)
+
+
+def test_a_real_run_after_a_dry_one_finds_nothing_of_it(folder: Path) -> None:
+    for gpu in (False, True):
+        with without_memory(gpu) as mode:
+            model = lora.wrap(skeleton(outline(folder), "nf4", "float32"), r=5)
+            model.hidden(torch.zeros(2, 50, dtype=torch.int64))
+            count(model, fake_batch(mode, even_batch(2, 50)))
+    kept = [*mine().values(), *causal._triangles.values()]
+    assert not any(isinstance(t, FakeTensor) for t in kept)
+    real, _ = lora.load(folder, quantize="nf4", device="cpu")
+    lora.wrap(real, r=5)
+    real(torch.zeros(2, 50, dtype=torch.int64)).sum().backward()
+    assert all(type(p.grad) is torch.Tensor for p in real.parameters() if p.requires_grad)
 
 
 @pytest.mark.parametrize("config", ["gpt2", "qwen3"])

@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from lora.kernels import causal
 from lora.kernels.adamw import BLOCK8
 from lora.kernels.dispatch import as_on_gpu
 from lora.kernels.scratch import borrowed
@@ -97,7 +98,7 @@ def count(
         return _in_8_bits(count(model, batch, recompute=recompute, grain=grain, steps=steps), trainable)
     low = {id(p) for p in trainable}
     tally = Tally(grain)
-    with borrowed({}):  # buffers of other runs are not this one's, nor this one's theirs
+    with _apart():
         optimizer = AdamW(trainable, bits=bits)
         packed = [m for m in model.modules() if isinstance(m, Linear4bit | Linear8bit)]
         weights4 = tally.add(b for m in packed for b in m.buffers())
@@ -170,8 +171,21 @@ def _at_backward(tally: Tally) -> Iterator[list[int]]:
 @contextmanager
 def without_memory(gpu: bool = False) -> Iterator[FakeTensorMode]:
     """Inside, tensors that are made have a shape and no memory; with `gpu` they take the way of tensors on one."""
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode, as_on_gpu() if gpu else nullcontext():
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode, as_on_gpu() if gpu else nullcontext(), _apart():
         yield mode
+
+
+@contextmanager
+def _apart() -> Iterator[None]:
+    """Inside, what is made once and kept is made anew: other runs' is not this one's, nor this one's theirs."""
+    before = dict(causal._triangles)
+    causal._triangles.clear()
+    try:
+        with borrowed({}):
+            yield
+    finally:
+        causal._triangles.clear()
+        causal._triangles.update(before)
 
 
 def like(model: nn.Module) -> Any:
