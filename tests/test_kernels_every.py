@@ -21,12 +21,14 @@ import lora.kernels
 from lora.kernels import (
     adamw,
     attend,
+    choose,
     code4,
     code8,
     cross_entropy,
     dispatch,
     dropout,
     encode4,
+    feed,
     fold,
     fp8,
     gemv4,
@@ -214,10 +216,35 @@ def attention_of_a_token(put: Put) -> Call:
     B, H, Hkv, D, S = 2, 6, 2, 32, 70
     q, k, v = put(half(B, H * D)), put(half(B, Hkv * D)), put(half(B, Hkv * D))
     keys, values = put(half(B, Hkv, S, D)), put(half(B, Hkv, S, D))
-    at, start = put(torch.tensor([S - 1])), put(torch.tensor([0, 3]))
-    angle = torch.rand(B, D // 2)
+    at, start = put(torch.tensor([S - 1, 40])), put(torch.tensor([0, 3]))
+    angle = torch.rand(S, D // 2)
     cos, sin = put(angle.cos()), put(angle.sin())
     return lambda: [attend.attend(q, k, v, keys, values, at, start, cos, sin), keys, values]
+
+
+@case
+def rows_and_their_low_rank(put: Put) -> Call:
+    x, more, w, a = put(half(3, 77)), put(half(3, 77)), put(half(77)), put(half(6, 77))
+
+    def call() -> list[Tensor]:
+        y, s, xa = feed.feed_norm(x, more, w, 1e-5, a)
+        h, ha = feed.feed_gate(x, more, a)
+        return [t for t in (y, s, xa, h, ha, feed.feed_low(x, a)) if t is not None]
+
+    return call
+
+
+@case
+def choice(put: Put) -> Call:
+    logits, ends = put(half(3, 9001)), put(torch.arange(9001) % 2 == 0)
+    taken, at, out = put(torch.zeros(3, dtype=torch.int64)), put(torch.arange(3)), put(torch.zeros(3, 7).long())
+    stopped, bad = put(torch.tensor([True, False, False])), put(torch.zeros(3, dtype=torch.bool))
+
+    def call() -> list[Tensor]:
+        choose.choose(logits, taken, at, out, ends, stopped, bad)
+        return [taken, at, out, stopped, bad]
+
+    return call
 
 
 @case
