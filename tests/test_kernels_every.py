@@ -26,14 +26,17 @@ from lora.kernels import (
     code8,
     cross_entropy,
     dispatch,
+    dropout,
     encode4,
     feed,
     fold,
+    fp8,
     gemv4,
     norm,
     rope,
     swiglu,
 )
+from lora.kernels import gate as gate_file
 from lora.kernels.linear4 import Weight4, linears4
 from lora.quant.codebook import codebook, dynamic_map
 from lora.quant.weight import Packed, quantize_tensor
@@ -276,6 +279,80 @@ def fringe(put: Put) -> Call:
         fold.fringe(out[:, 30:94], src, 2, bias, last=7, scale=0.5)
         fold.fringe(out[:, :30], src, 0, ones=True, last=6)
         return [out]
+
+    return call
+
+
+@case
+def gelu_gate(put: Put) -> Call:
+    dh, g, u, out = (put(half(37, 77)) for _ in range(4))
+    v, tg, tu = put(half(37, 4)), put(half(37, 3)), put(half(37, 5))
+
+    def call() -> list[Tensor]:
+        gate_file.gate_forward(g, u, True, out)
+        sums = gate_file.gate_backward(dh, g, u, v, tg, tu, gelu=True, keep_h=True)
+        return [out, dh, g, u, *(t for t in sums if t is not None)]
+
+    return call
+
+
+@case
+def drop_out(put: Put) -> Call:
+    drop = dropout.Drop(0.3, put(torch.tensor([2**40 + 7])), 3)
+    x, out = put(half(5, 77)), put(half(5, 77))
+    return lambda: [dropout.dropped(x, drop, out, add=True)]
+
+
+def bytes8(n: int, m: int, like: Tensor) -> Tensor:
+    return torch.empty(n, m, dtype=torch.float8_e4m3fn, device=like.device)
+
+
+@case
+def fp8_rows(put: Put) -> Call:
+    x, residual, w = put(half(5, 33)), put(half(5, 33)), put(half(33))
+
+    def call() -> list[Tensor]:
+        out, again = bytes8(5, 33, x), bytes8(5, 33, x)
+        scale, s, r = fp8.norm8(x, residual, w, 1e-5, out)
+        return [out, scale, s, r, fp8.rows8(s, again), again]
+
+    return call
+
+
+@case
+def fp8_gate(put: Put) -> Call:
+    g, u = put(half(5, 77)), put(half(5, 77))
+
+    def call() -> list[Tensor]:
+        out = bytes8(5, 77, g)
+        return [fp8.gate8(g, u, False, out), out]
+
+    return call
+
+
+@case
+def fp8_split(put: Put) -> Call:
+    src, amax = put(torch.randn(9, 5)), put(torch.tensor(3.0))
+
+    def call() -> list[Tensor]:
+        out = bytes8(9, 50, src)
+        fp8.split8(out, src, "hlh", amax, at=3)
+        return [out]
+
+    return call
+
+
+@case
+def fp8_decode(put: Put) -> Call:
+    packed = by_the_twin(torch.randn(40, 192), True)
+    q, scales = put(packed.q.view(-1)), tuple(put(t) for t in packed.scales)
+    weight = Weight4(q, scales, put(code4.byte_table(packed.code)), packed.q, 64, (40, 192))
+
+    def call() -> list[Tensor]:
+        outs = bytes8(40, 192, q), bytes8(192, 40, q)
+        fp8.decode8(weight, 0.01, outs[0])
+        fp8.decode8(weight, 0.01, outs[1], turn=True)
+        return list(outs)
 
     return call
 

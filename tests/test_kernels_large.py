@@ -125,12 +125,12 @@ def test_attention_of_a_token() -> None:
     keys, values_ = torch.zeros(2, B, Hkv, S, D, dtype=torch.bfloat16, device="cuda")
     keys[-1, :, -64:], values_[-1, :, -64:] = values(Hkv, 64, D), values(Hkv, 64, D)
     q, k, v = values(B, 32 * D), values(B, Hkv * D), values(B, Hkv * D)
-    angle = torch.rand(B, D // 2, device="cuda")
-    at, start = torch.tensor([S - 1], device="cuda"), torch.full((B,), S - 50, device="cuda")
+    angle = torch.rand(64, D // 2, device="cuda")
+    at, start = torch.full((B,), S - 1, device="cuda"), torch.full((B,), S - 50, device="cuda")
     alone = [t[-1:].clone() for t in (keys, values_)]
     got = attend.attend(q, k, v, keys, values_, at, start, angle.cos(), angle.sin())
     row = [t[-1:].clone() for t in (q, k, v)]
-    want = attend.attend(*row, *alone, at, start[-1:], angle[-1:].cos(), angle[-1:].sin())
+    want = attend.attend(*row, *alone, at[-1:], start[-1:], angle.cos(), angle.sin())
     assert torch.equal(got[-1:], want) and torch.equal(keys[-1:], alone[0]) and torch.equal(values_[-1:], alone[1])
 
 
