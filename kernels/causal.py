@@ -21,7 +21,8 @@ from torch import Tensor
 from lora.kernels.dispatch import on_gpu
 from lora.kernels.scratch import borrowed, mine, scratch
 
-ROWS = 128  # queries a block
+ROWS = 128  # queries a block, fewer where
+BUDGET = 2**26  # bytes of its scores would be more, but no fewer than 16
 SHORT = 8  # P is kept where a text has at most so many times D tokens
 
 
@@ -30,11 +31,17 @@ def _merged(t: Tensor) -> Tensor:
     return t.view(t.shape[0] * t.shape[1], *t.shape[2:])
 
 
-def _blocks(T: int, window: int | None) -> Iterator[tuple[int, int, int]]:
+def _rows(q: Tensor) -> int:
+    """Queries a block, of q (N, T, G, D)."""
+    N, T, G, _ = q.shape
+    return min(ROWS, max(16, BUDGET // (N * G * T * q.element_size())))
+
+
+def _blocks(T: int, window: int | None, rows: int) -> Iterator[tuple[int, int, int]]:
     """First query, the one behind the last, and the first key that one of them sees, of each block."""
-    for start in range(0, T, ROWS):
+    for start in range(0, T, rows):
         first = 0 if window is None else max(0, start - window + 1)
-        yield start, min(T, start + ROWS), first
+        yield start, min(T, start + rows), first
 
 
 def _probabilities(q: Tensor, k: Tensor, start: int, stop: int, first: int, window: int | None, out: Tensor) -> Tensor:
@@ -66,7 +73,9 @@ def _hidden(n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     return _triangles[key]
 
 
-def causal_forward(q: Tensor, k: Tensor, v: Tensor, y: Tensor, window: int | None = None) -> list[Tensor] | None:
+def causal_forward(
+    q: Tensor, k: Tensor, v: Tensor, y: Tensor, window: int | None = None, keep: bool = True
+) -> list[Tensor] | None:
     """Writes Y into y (B, H_kv, T, G, D), of any strides; returns P, block by block, where it is worth keeping.
 
     q (B, H_kv, T, G, D), already times the scale; k, v (B, H_kv, T, D).  A query sees itself, what stands before it,
@@ -75,14 +84,15 @@ def causal_forward(q: Tensor, k: Tensor, v: Tensor, y: Tensor, window: int | Non
     """
     B, H, T, G, D = q.shape
     q, k, v = (_merged(t) for t in (q, k, v))
-    N, keep = B * H, T <= SHORT * D
+    N, keep = B * H, keep and T <= SHORT * D
     kept = []
-    for start, stop, first in _blocks(T, window):
+    for start, stop, first in _blocks(T, window, _rows(q)):
         n = N * (stop - start) * G * (stop - first)
         room = torch.empty(n, dtype=q.dtype, device=q.device) if keep else scratch(n, q.dtype, q.device, "scores")
         p = _probabilities(q, k, start, stop, first, window, room)
         y[:, :, start:stop] = torch.bmm(p, v[:, first:stop]).view(B, H, stop - start, G, D)
-        kept.append(p)
+        if keep:
+            kept.append(p)
     return kept if keep else None
 
 
@@ -103,11 +113,12 @@ def causal_backward(
     """
     T, G, D = q.shape[2:]
     dy, q, k, v, dq, dk, dv = (_merged(t) for t in (dy, q, k, v, dq, dk, dv))
-    N, whole = q.shape[0], T <= ROWS
+    N, rows_of = q.shape[0], _rows(q)
+    whole = rows_of >= T
     if not whole:
         dk.zero_()
         dv.zero_()
-    for i, (start, stop, first) in enumerate(_blocks(T, window)):
+    for i, (start, stop, first) in enumerate(_blocks(T, window, rows_of)):
         rows = slice(start, stop)
         n = N * (stop - start) * G * (stop - first)
         if p is None:
@@ -149,9 +160,10 @@ class _Causal(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, window, scale):
         B, H, T, D = q.shape
+        learns = any(ctx.needs_input_grad)
         q, k, v = grouped(q, k.shape[1], scale), k.contiguous(), v.contiguous()
         y = torch.empty(B, T, H, D, dtype=q.dtype, device=q.device)  # the order in which the output layer reads it
-        p = causal_forward(q, k, v, y.view(B, T, *q.shape[1:2], *q.shape[3:]).transpose(1, 2), window)
+        p = causal_forward(q, k, v, y.view(B, T, *q.shape[1:2], *q.shape[3:]).transpose(1, 2), window, learns)
         ctx.save_for_backward(q, k, v, *(p or ()))
         ctx.window, ctx.scale, ctx.buffers = window, scale, mine()
         return y.transpose(1, 2)

@@ -56,6 +56,22 @@ def test_float32_is_as_good_as_torch(T: int) -> None:
         assert error(a) <= 1.5 * error(b) + 1e-7
 
 
+@pytest.mark.parametrize("short", [0, 8])
+def test_blocks_of_fewer_queries_where_scores_would_be_large(short: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(causal, "SHORT", short)
+    q, k, v = (torch.randn(2, h, 70, 16, dtype=torch.float64, requires_grad=True) for h in (4, 2, 2))
+    y = causal_attention(q, k, v, window=50)
+    want = torch.autograd.grad(y.square().sum(), (q, k, v))
+    monkeypatch.setattr(causal, "BUDGET", 30 * 2 * 4 * 70 * 8)
+    assert causal._rows(q.new_empty(4, 70, 2, 16)) == 30
+    z = causal_attention(q, k, v, window=50)
+    torch.testing.assert_close(z, y, rtol=1e-12, atol=1e-13)
+    for a, b in zip(torch.autograd.grad(z.square().sum(), (q, k, v)), want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+    monkeypatch.setattr(causal, "BUDGET", 1)
+    assert causal._rows(q.new_empty(4, 70, 2, 16)) == 16
+
+
 def test_two_runs_give_the_same_bits_and_strides_do_not_matter() -> None:
     base = torch.randn(2, 200, 5, 16)
     q, k, v = base[:, :, :3].transpose(1, 2), base[:, :, 3:4].transpose(1, 2), base[:, :, 4:].transpose(1, 2)
