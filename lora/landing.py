@@ -270,8 +270,9 @@ def _check_all_there(
     means = peft_means(model, config)
     fit = {n for n, m in modules.items() if is_linear(m) or isinstance(m, nn.Embedding | LoRAEmbedding)}
     meant = {n for n in fit if means(n)}
-    # as in peft, a module that is trained whole needs no factors
-    empty = sorted(meant - set(content.updates) - set(content.whole))
+    # as in peft, a module that is trained whole needs no factors, nor do its children
+    whole = {n for n in meant if any(n == path or n.startswith(f"{path}.") for path in content.whole)}
+    empty = sorted(meant - set(content.updates) - whole)
     if empty:
         raise ValueError(
             f"{directory} is incomplete: {CONFIG} means {len(meant)} layers, and {len(empty)} of them, such as "

@@ -187,6 +187,7 @@ def test_a_rank_too_wide_for_the_gate_takes_products(on_cpu: pytest.MonkeyPatch)
 @pytest.mark.parametrize("keep", ["all", "input"])
 def test_products_in_8_bits_stay_near(name: str, quantize: str | None, keep: str, on_cpu: pytest.MonkeyPatch) -> None:
     """e4m3 keeps 4 bits: a product errs by some 3 %, and gradients through three blocks by some more."""
+    torch.manual_seed(0)
     model = family(name) if name != "llama" else small(True)
     if quantize:
         lora.quantize(model, quantize)

@@ -145,8 +145,12 @@ class GGUF:
         """
         f, path = self.fields, self.path
         remedy = "put the model's tokenizer.json and tokenizer_config.json beside the file"
-        if f.get("tokenizer.ggml.model") != "gpt2" or "tokenizer.ggml.merges" not in f:
-            raise ValueError(f"{path}: tokenizer {f.get('tokenizer.ggml.model')!r} cannot be rebuilt; {remedy}")
+        lacks = [key for key in ("merges", "tokens", "token_type") if f"tokenizer.ggml.{key}" not in f]
+        if f.get("tokenizer.ggml.model") != "gpt2" or lacks:
+            without = f", without {lacks[0]}," if lacks else ""
+            raise ValueError(
+                f"{path}: tokenizer {f.get('tokenizer.ggml.model')!r}{without} cannot be rebuilt; {remedy}"
+            )
         tokens, kinds = f["tokenizer.ggml.tokens"], f["tokenizer.ggml.token_type"]
         merges = [tuple(pair.split(" ", 1)) for pair in f["tokenizer.ggml.merges"]]
         backend = tokenizers.Tokenizer(
