@@ -187,7 +187,6 @@ def test_a_rank_too_wide_for_the_gate_takes_products(on_cpu: pytest.MonkeyPatch)
 @pytest.mark.parametrize("keep", ["all", "input"])
 def test_products_in_8_bits_stay_near(name: str, quantize: str | None, keep: str, on_cpu: pytest.MonkeyPatch) -> None:
     """e4m3 keeps 4 bits: a product errs by some 3 %, and gradients through three blocks by some more."""
-    torch.manual_seed(0)
     model = family(name) if name != "llama" else small(True)
     if quantize:
         lora.quantize(model, quantize)
@@ -201,8 +200,12 @@ def test_products_in_8_bits_stay_near(name: str, quantize: str | None, keep: str
     h1, got = gradients(model, ids, dy)
     assert model.keeping.said.endswith("its products in 8 bits") and want.keys() == got.keys()
     assert 0.001 < float((h1 - h0).norm() / h0.norm()) < 0.12
-    for one in want:
-        assert float((got[one] - want[one]).norm() / want[one].norm()) < 0.35, one
+    for one in want:  # q and k of large biases: their gradients are small differences
+        assert float((got[one] - want[one]).norm() / want[one].norm()) < 0.5, one
+    wrong, whole = (
+        sum(float(t.square().sum()) for t in ts) for ts in ([got[i] - want[i] for i in want], want.values())
+    )
+    assert (wrong / whole) ** 0.5 < 0.25
 
 
 def test_8_bits_are_refused_where_blocks_run_by_the_plain_path(on_cpu: pytest.MonkeyPatch) -> None:
