@@ -11,7 +11,6 @@ usage: python benchmarks/bench_cpu_step.py [--shape 8x64] [--rounds 2] [--steps 
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -21,7 +20,7 @@ from collections.abc import Callable
 
 import torch
 
-from result import finish, kept_rows  # isort: skip  (beside this script)
+from result import finish, kept_rows, resident_peak  # isort: skip  (beside this script)
 
 SHAPES = ((8, 64), (1, 64), (2, 512))
 R, ALPHA, LR = 16, 32, 1e-4
@@ -85,7 +84,7 @@ def one(side: str, folder: str, B: int, S: int, steps: int) -> None:
         start = time.perf_counter()
         step(ids)
         times.append(time.perf_counter() - start)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    peak = resident_peak() / 2**30
     print(json.dumps({"s": times[1:], "peak_gib": peak}))
 
 

@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from result import finish  # isort: skip  (beside this script)
+from result import finish, resident_peak  # isort: skip  (beside this script)
 
 GIB = 2**30
 SHARD = 5 * 10**9
@@ -98,12 +98,6 @@ def theirs(folder: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(
         folder, quantization_config=four, dtype=torch.bfloat16, device_map={"": device}
     )
-
-
-def resident_peak() -> int:
-    """Largest resident size of this process in bytes; getrusage's begins with that of the process that started it."""
-    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmHWM"))
-    return int(line.split()[1]) * 1024
 
 
 def one(who: str, folder: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The end of a benchmark: one JSON line with device, versions and every row, also kept under results/."""
+"""The end of a benchmark: one JSON line with device, versions and every row, also kept under results/; peak memory."""
 
 import datetime
 import json
@@ -47,3 +47,9 @@ def finish(bench: str, rows: list[dict[str, Any]], save: bool) -> None:
     if save:
         _path(bench).write_text(json.dumps(document, indent=1) + "\n")
     print(json.dumps(document))
+
+
+def resident_peak() -> int:
+    """Largest resident size of this process in bytes; getrusage's begins with that of the process that started it."""
+    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024
