@@ -191,6 +191,7 @@ def test_products_in_8_bits_stay_near(name: str, quantize: str | None, keep: str
     if quantize:
         lora.quantize(model, quantize)
     lora.wrap(model, r=5, alpha=7)
+    torch.manual_seed(100)  # over draws of the factors the worst tensor errs by 0.2 to 0.4
     for p in model.parameters():
         if p.requires_grad:
             torch.nn.init.normal_(p, std=0.1)
@@ -200,8 +201,8 @@ def test_products_in_8_bits_stay_near(name: str, quantize: str | None, keep: str
     h1, got = gradients(model, ids, dy)
     assert model.keeping.said.endswith("its products in 8 bits") and want.keys() == got.keys()
     assert 0.001 < float((h1 - h0).norm() / h0.norm()) < 0.12
-    for one in want:  # q and k of large biases: their gradients are small differences
-        assert float((got[one] - want[one]).norm() / want[one].norm()) < 0.5, one
+    for one in want:
+        assert float((got[one] - want[one]).norm() / want[one].norm()) < 0.35, one
     wrong, whole = (
         sum(float(t.square().sum()) for t in ts) for ts in ([got[i] - want[i] for i in want], want.values())
     )
