@@ -11,7 +11,6 @@ usage: python benchmarks/bench_decode.py [--layers 32] [--new 128] [--batches 1 
 """
 
 import argparse
-import json
 import statistics
 import subprocess
 import sys
@@ -22,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from result import finish
+from result import finish, peer_rows
 from timing import copy_gb_s
 from torch import nn
 
@@ -216,23 +215,8 @@ def rivals(kinds: list[str], batches: list[int], layers: int) -> list[dict[str, 
         if "unsloth" in kinds:  # it loads a checkpoint only
             subprocess.run([sys.executable, str(scripts / "peer_step.py"), "hf", folder, "--write", *size], check=True)
         for kind in kinds:
-            words = [
-                kind,
-                folder,
-                "--batches",
-                *map(str, batches),
-                "--new",
-                "128" if kind == "unsloth" else "32",
-                *size,
-            ]
-            told = subprocess.run(
-                [sys.executable, str(scripts / "peer_decode.py"), *words], capture_output=True, text=True
-            )
-            found = [json.loads(x.removeprefix("PEER")) for x in told.stdout.splitlines() if x.startswith("PEER")]
-            if told.returncode:
-                found.append({"who": kind, "error": told.stderr.strip().splitlines()[-1][:300]})
-            rows += found
-            print(*found, sep="\n", flush=True)
+            new = "128" if kind == "unsloth" else "32"
+            rows += peer_rows("peer_decode.py", kind, folder, "--batches", *map(str, batches), "--new", new, *size)
     return rows
 
 

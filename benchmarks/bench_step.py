@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 from models import SHAPES, at_random
-from result import finish
+from result import finish, peer_rows
 from timing import copy_gb_s, matmul_tflop_s
 
 import lora
@@ -200,17 +200,8 @@ def rivals(kinds: list[str], cases: list[str], r: int, layers: int) -> list[dict
                 roomy = [c for c in cases if c.endswith("GiB") and parse_bytes(c.partition(":")[2]) >= NONE_FROM]
                 sizes |= dict.fromkeys(f"{case.partition(':')[0]}:none" for case in roomy)
             asked = list(sizes) if kind in kinds else []
-            words = [kind, folder, *asked, "--r", str(r), "--layers", str(layers)]
-            script = Path(__file__).with_name("peer_step.py")
-            told = subprocess.run(
-                [sys.executable, str(script), *words, *(["--write"] if kind == "hf" and "unsloth" in kinds else [])],
-                capture_output=True, text=True,
-            )  # fmt: skip
-            found = [json.loads(x.removeprefix("PEER")) for x in told.stdout.splitlines() if x.startswith("PEER")]
-            if told.returncode:
-                found.append({"who": kind, "error": told.stderr.strip().splitlines()[-1][:300]})
-            rows += found
-            print(*found, sep="\n", flush=True)
+            write = ["--write"] if kind == "hf" and "unsloth" in kinds else []
+            rows += peer_rows("peer_step.py", kind, folder, *asked, "--r", str(r), "--layers", str(layers), *write)
     return rows
 
 

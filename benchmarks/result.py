@@ -1,9 +1,11 @@
-"""The end of a benchmark: one JSON line with device, versions and every row, also kept under results/; peak memory."""
+"""What benchmarks share: the JSON line at their end, kept under results/; peak memory; rivals in processes."""
 
 import datetime
 import json
 import os
 import platform
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -53,3 +55,14 @@ def resident_peak() -> int:
     """Largest resident size of this process in bytes; getrusage's begins with that of the process that started it."""
     line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmHWM"))
     return int(line.split()[1]) * 1024
+
+
+def peer_rows(script: str, who: str, *words: str) -> list[dict[str, Any]]:
+    """What a rival's script beside this file prints behind PEER, from a process of its own; a failure is a row too."""
+    command = [sys.executable, str(Path(__file__).with_name(script)), who, *words]
+    told = subprocess.run(command, capture_output=True, text=True)
+    found = [json.loads(x.removeprefix("PEER")) for x in told.stdout.splitlines() if x.startswith("PEER")]
+    if told.returncode:
+        found.append({"who": who, "error": told.stderr.strip().splitlines()[-1][:300]})
+    print(*found, sep="\n", flush=True)
+    return found
