@@ -39,6 +39,12 @@ class Plan(NamedTuple):
     look: int
     warps: int = 16
 
+    def steps(self, K: int, tiles: int) -> tuple[int, int]:
+        """Units of a warp in a row of K weights, and how many of them are written out: loops move registers about."""
+        steps = -(-K // (64 * self.unit * self.warps))
+        most = max(1, 16 // (self.rows * self.unit * tiles))
+        return steps, next(n for n in range(min(steps, most), 0, -1) if steps % n == 0)
+
     def memory(self, tiles: int, turns: int) -> int:
         """Bytes of shared memory for the slots and the sums of two turns."""
         sums = min(turns, 2) * self.rows * tiles * self.warps * (512 + 512 // self.warps % 128)
@@ -223,6 +229,7 @@ def _gemv4(
     tiles = 1 if M <= 8 else 2  # more than 16 rows are taken 16 at a time
     chosen = plan(K, tiles)
     rows, unit, slots, look, warps = chosen
+    steps, inner = chosen.steps(K, tiles)
     turns, programs = share([triton.cdiv(n, 16 * rows) for n in N], processors(x.device))
     if chosen.memory(tiles, turns) > MEMORY:
         raise ValueError(f"{chosen} asks for more than {MEMORY} bytes of shared memory")
@@ -245,8 +252,8 @@ def _gemv4(
             R2=0 if xa is None else triton.next_power_of_2(max(ranks)),
             BIAS=tuple(int(t is not None) for t in bias), HAS_BIAS=any(t is not None for t in bias),
             N=sum(N), RSUM=sum(ranks), K=K, BLOCK=block, NESTED=each > 1, HALF=int(x.dtype == torch.float16),
-            TILES=tiles, ROWS=rows, UNIT=unit, SLOTS=slots, LOOK=look, WARPS=warps, MEMORY=MEMORY,
-            EVEN=all(n % (16 * rows) == 0 for n in N), EARLY=early, num_warps=warps, **launch,
+            TILES=tiles, ROWS=rows, UNIT=unit, SLOTS=slots, LOOK=look, WARPS=warps, STEPS=steps, INNER=inner,
+            MEMORY=MEMORY, EVEN=all(n % (16 * rows) == 0 for n in N), EARLY=early, num_warps=warps, **launch,
         )  # fmt: skip
     return y
 

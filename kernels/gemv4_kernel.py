@@ -233,12 +233,13 @@ def gemv4_kernel(
     SLOTS: tl.constexpr,  # steps whose codes are in shared memory or on their way there
     LOOK: tl.constexpr,  # of the four words of a block that a thread decodes, those looked up in shared memory
     WARPS: tl.constexpr,  # 4, 8 or 16, side by side along K
+    STEPS: tl.constexpr,  # units of each warp in a row
+    INNER: tl.constexpr,  # of them, those written out one behind the other
     MEMORY: tl.constexpr,  # bytes of shared memory for sums and slots
     EVEN: tl.constexpr,  # whole groups in every weight
     EARLY: tl.constexpr,  # start before the launch before this one ends, and wait for it only where x is read
 ):  # fmt: skip
     BLOCKS: tl.constexpr = K // 64
-    STEPS: tl.constexpr = (BLOCKS + UNIT * WARPS - 1) // (UNIT * WARPS)
     RAGGED: tl.constexpr = BLOCKS % (UNIT * WARPS) != 0  # some units end behind the row
     PARTS: tl.constexpr = WARPS // 4
     SLOT: tl.constexpr = ROWS * UNIT * 512  # bytes of a unit of a warp
@@ -246,9 +247,8 @@ def gemv4_kernel(
     HELD: tl.constexpr = min((R2 + PARTS - 1) // PARTS, 4)
     STRIDE: tl.constexpr = 512 + 128 // PARTS % 128  # so that parts read from different banks
     LOTS: tl.constexpr = 2 if TURNS > 1 else 1  # of sums in shared memory
-    KEEP: tl.constexpr = STEPS * UNIT * TILES * WARPS <= 128  # a thread's x is the same in every turn
+    KEEP: tl.constexpr = INNER == STEPS and STEPS * UNIT * TILES * WARPS <= 128  # a thread's x is kept for all turns
     HOLD: tl.constexpr = not KEEP and TILES * UNIT * WARPS <= 64  # x of the next unit is under way too
-    INNER: tl.constexpr = STEPS if KEEP else 1
     thread = tl.arange(0, 32 * WARPS)
     warp, lane = thread // 32, thread % 32
     g, t = lane // 4, lane % 4
