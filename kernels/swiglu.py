@@ -28,13 +28,6 @@ def _backward_ref(dh: Tensor, g: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
 
 # ---- kernel ----
 @triton.jit
-def silu(g):
-    """silu(g) and its derivative."""
-    sigma = 1.0 / (1.0 + tl.exp(-g))
-    return g * sigma, sigma * (1.0 + g * (1.0 - sigma))
-
-
-@triton.jit
 def _forward_kernel(
     g_ptr,  # (M, I), as all the others
     u_ptr,
@@ -52,8 +45,8 @@ def _forward_kernel(
     mask = col < I
     g = tl.load(g_ptr + row * g_stride_m + col, mask=mask, other=0.0).to(tl.float32)
     u = tl.load(u_ptr + row * u_stride_m + col, mask=mask, other=0.0).to(tl.float32)
-    act, _ = silu(g)
-    tl.store(h_ptr + row * h_stride_m + col, (act * u).to(h_ptr.dtype.element_ty), mask=mask)
+    h = g / (1.0 + tl.exp(-g)) * u
+    tl.store(h_ptr + row * h_stride_m + col, h.to(h_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -79,9 +72,11 @@ def _backward_kernel(
     dh = tl.load(dh_ptr + row * dh_stride_m + col, mask=mask, other=0.0).to(tl.float32)
     g = tl.load(g_ptr + row * g_stride_m + col, mask=mask, other=0.0).to(tl.float32)
     u = tl.load(u_ptr + row * u_stride_m + col, mask=mask, other=0.0).to(tl.float32)
-    act, slope = silu(g)
-    tl.store(dg_ptr + row * dg_stride_m + col, (dh * u * slope).to(dg_ptr.dtype.element_ty), mask=mask)
-    tl.store(du_ptr + row * du_stride_m + col, (dh * act).to(du_ptr.dtype.element_ty), mask=mask)
+    sigma = 1.0 / (1.0 + tl.exp(-g))
+    silu = g * sigma
+    dg = dh * u * (sigma * (1.0 + g * (1.0 - sigma)))
+    tl.store(dg_ptr + row * dg_stride_m + col, dg.to(dg_ptr.dtype.element_ty), mask=mask)
+    tl.store(du_ptr + row * du_stride_m + col, (dh * silu).to(du_ptr.dtype.element_ty), mask=mask)
 
 
 # ---- launch ----

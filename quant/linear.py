@@ -87,7 +87,7 @@ _made = WeakTensorKeyDictionary()  # of a code, while it lives
 
 
 def _tables(code: Tensor) -> tuple[Tensor, Tensor]:
-    """byte_table and permute_table of a code: some twenty launches on a GPU, made once for all layers that share it."""
+    """byte_table and permute_table of a code: some 30 launches on a GPU, made once for all layers that share it."""
     if code not in _made:
         with torch.inference_mode(False):  # or, first asked for there, no backward could save them ever after
             _made[code] = byte_table(code), permute_table(code)
