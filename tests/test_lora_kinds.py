@@ -270,7 +270,7 @@ def test_it_trains_beside_an_untouched_base_and_is_taken_out_again(case: str) ->
         loss.backward()
         assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in learned)
         steps.step()
-        losses.append(float(loss))
+        losses.append(loss.item())
     assert losses[2] < losses[0]
     assert all(torch.equal(p, frozen[n]) for n, p in model.named_parameters() if n in frozen)
 
