@@ -4,9 +4,11 @@ Llama's shapes with random weights, NF4 with double quantization, LoRA on all li
 AdamW with 32-bit states.  Forward, backward, clipping and the optimizer's step are timed; median of the steps after a
 warm-up; peak of torch.cuda.max_memory_allocated.  Each case runs in a process of its own.
 
-usage: python benchmarks/bench_step.py [--case BATCHxLENGTH:KEEP ...]  KEEP: of fused.KEEPS, or a budget such as 36GiB
-       [--shape 8b|70b|1b|3b] [--layers N] [--r 16] [--compute bf16|fp8] [--eager] [--profile] [--save]
-       [--peer hf unsloth]     the same sizes by rivals (8b only), the fastest of their settings within the budget
+usage: python benchmarks/bench_step.py [--case BATCHxLENGTH:KEEP[:fp8] ...]
+       KEEP: of fused.KEEPS, or a budget such as 36GiB; fp8: the frozen base's products in 8 bits
+       [--shape 8b|70b|1b|3b] [--layers N] [--r 16] [--eager] [--profile] [--save]
+       [--peer hf unsloth]     the same sizes by rivals (8b only), the fastest of their settings within the budget;
+                               hf at the first size alone
        [--through fit]         by lora.fit on packed rows instead, and what that keeps of the bare step's tokens/s
        [--longest [TOKENS]]    the longest row of batch 1 that trains, by bisection, or whether this one does; --layers
                                with --ballast leaves blocks out of the time and their bytes in memory
@@ -16,16 +18,15 @@ import argparse
 import dataclasses
 import json
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from models import SHAPES, at_random
-from result import finish, peer_rows
+from result import finish, keep, peer_rows, told_rows
 from timing import copy_gb_s, matmul_tflop_s
 
 import lora
@@ -39,25 +40,42 @@ from lora.train.dryrun import even_batch
 from lora.train.graph import Graphs
 from lora.train.optim import AdamW
 
-CASES = ["4x2048:36GiB", "4x2048:8.2GiB", "1x8192:8.2GiB", "1x512:36GiB"]
+CASES = [
+    "4x2048:36GiB", "4x2048:36GiB:fp8", "4x2048:8.2GiB", "4x2048:8.2GiB:fp8", "1x512:36GiB", "1x8192:8.2GiB",
+]  # fmt: skip
 NONE_FROM = 16 * 2**30  # of a budget, from which on rivals are tried without checkpointing too
 SLACK = 1.02  # of a budget that a rival may take: Unsloth's own figure for 36 GiB is 36.3
+
+
+class Case(NamedTuple):
+    batch: int
+    length: int
+    keep: str
+    compute: Any  # bf16 or fp8
+
+    @classmethod
+    def of(cls, text: str) -> "Case":
+        size, keep, compute, *_ = [*text.split(":"), "", ""]
+        batch, length = (int(n) for n in size.split("x"))
+        return cls(batch, length, keep or "all", compute or "bf16")
+
+    @property
+    def budget(self) -> int | None:
+        return parse_bytes(self.keep) if self.keep.endswith("GiB") else None
 
 
 def model_of(args: argparse.Namespace) -> tuple[Llama, AdamW]:
     """The model and its optimizer on the GPU."""
     config = SHAPES[args.shape]
     model = at_random(dataclasses.replace(config, num_layers=args.layers or config.num_layers), r=args.r)
-    model.keeping.compute = args.compute
     return model, AdamW([p for p in model.parameters() if p.requires_grad])
 
 
-def measure(model: Llama, optimizer: AdamW, batch: int, length: int, keep: str, steps: int, profile: bool) -> dict:
+def measure(model: Llama, optimizer: AdamW, case: Case, steps: int, profile: bool) -> dict:
     """One row of the table."""
-    keeping = model.keeping
-    keeping.keep, keeping.chosen, keeping.budget = keep, (0, []), None
-    if keep.endswith("GiB"):
-        keeping.keep, keeping.budget = None, parse_bytes(keep)
+    (batch, length, keep, compute), keeping = case, model.keeping
+    keeping.compute, keeping.budget, keeping.chosen = compute, case.budget, (0, [])
+    keeping.keep = None if case.budget else keep
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
     base = torch.cuda.memory_allocated()
@@ -81,7 +99,7 @@ def measure(model: Llama, optimizer: AdamW, batch: int, length: int, keep: str, 
         print(p.key_averages().table(sort_by="cuda_time_total", row_limit=40, max_name_column_width=70))
     took = statistics.median(seconds[3:])
     return {
-        "who": "ours", "batch": batch, "length": length, "keep": keep, "compute": keeping.compute,
+        "who": "ours", "batch": batch, "length": length, "keep": keep, "compute": compute,
         "ms": round(1e3 * took, 1), "tok_s": round(batch * length / took),
         "peak_GiB": round(torch.cuda.max_memory_allocated() / 2**30, 2), "base_GiB": round(base / 2**30, 2),
         "blocks_whole": keeping.chosen[1].count("all"), "graph": bool(graphs.graphs), "loss": round(loss.item(), 3),
@@ -105,13 +123,14 @@ def one(graphs: Graphs, optimizer: AdamW, data: Batch) -> torch.Tensor:
 
 
 # ---- through lora.fit ----
-def through_fit(model: Llama, batch: int, length: int, keep: str, steps: int, folder: Path) -> dict:
+def through_fit(model: Llama, case: Case, steps: int, folder: Path) -> dict:
     """lora.fit on texts of 100 to 1,000 tokens packed into rows of `length`; its own tokens/s, median of the steps."""
     from tokenizers import Tokenizer as Words
     from tokenizers import models, pre_tokenizers
 
     from lora.models.tokenizer import Tokenizer
 
+    batch, length, keep, _ = case
     vocab = {"</s>": 0} | {f"w{i}": i for i in range(1, 2000)}
     words = Words(models.WordLevel(vocab, unk_token="w1"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -126,7 +145,7 @@ def through_fit(model: Llama, batch: int, length: int, keep: str, steps: int, fo
     texts = [{"prompt": row["prompt"], "completion": row["completion"]} for row in rows]
     config = lora.TrainConfig(
         batch=batch, pack=True, max_length=length, max_steps=steps + 4, learn="all", probe=False, progress=False,
-        budget=keep if keep.endswith("GiB") else None, lr=1e-4,
+        budget=keep if case.budget else None, lr=1e-4, compute=case.compute,
     )  # fmt: skip
     torch.cuda.reset_peak_memory_stats()
     run = lora.fit(model, Tokenizer.from_directory(folder), texts, config=config)
@@ -188,21 +207,15 @@ def longest(args: argparse.Namespace) -> list[dict]:
 
 
 # ---- rivals ----
-def rivals(kinds: list[str], cases: list[str], r: int, layers: int) -> list[dict]:
-    """Their rows, and for each case the fastest of a rival's settings within its budget, as `best`."""
-    rows: list[dict] = []
-    with tempfile.TemporaryDirectory() as folder:
-        for kind in ("hf", "unsloth"):  # hf writes what unsloth loads
-            if kind not in kinds and "unsloth" not in kinds:
-                continue
-            sizes = dict.fromkeys(f"{case.partition(':')[0]}:offload" for case in cases)
-            if kind == "unsloth":
-                roomy = [c for c in cases if c.endswith("GiB") and parse_bytes(c.partition(":")[2]) >= NONE_FROM]
-                sizes |= dict.fromkeys(f"{case.partition(':')[0]}:none" for case in roomy)
-            asked = list(sizes) if kind in kinds else []
-            write = ["--write"] if kind == "hf" and "unsloth" in kinds else []
-            rows += peer_rows("peer_step.py", kind, folder, *asked, "--r", str(r), "--layers", str(layers), *write)
-    return rows
+def rivals(kind: str, write: bool, cases: list[Case], folder: str, r: int, layers: int) -> list[dict]:
+    """The rows of one rival; hf can `write` what unsloth loads into the folder, and takes the first size alone."""
+    sizes = dict.fromkeys(f"{c.batch}x{c.length}:offload" for c in cases)
+    if kind == "hf":
+        sizes = dict.fromkeys(list(sizes)[:1])
+    else:
+        sizes |= dict.fromkeys(f"{c.batch}x{c.length}:none" for c in cases if (c.budget or 0) >= NONE_FROM)
+    more = ["--write"] if write else []
+    return peer_rows("peer_step.py", kind, folder, *sizes, "--r", str(r), "--layers", str(layers), *more)
 
 
 def beside(ours: list[dict], theirs: list[dict]) -> list[dict]:
@@ -211,7 +224,8 @@ def beside(ours: list[dict], theirs: list[dict]) -> list[dict]:
     for row in ours:
         if "tok_s" not in row or row["who"] != "ours":
             continue
-        limit = SLACK * parse_bytes(row["keep"]) / 2**30 if row["keep"].endswith("GiB") else float("inf")
+        case = Case(row["batch"], row["length"], row["keep"], row["compute"])
+        limit = SLACK * case.budget / 2**30 if case.budget else float("inf")
         for who in dict.fromkeys(r["who"] for r in theirs):
             same = [
                 r
@@ -224,7 +238,7 @@ def beside(ours: list[dict], theirs: list[dict]) -> list[dict]:
                 best = max(fit, key=lambda r: r["tok_s"])
                 table.append(
                     {
-                        "case": f"{row['batch']}x{row['length']}:{row['keep']}",
+                        "case": f"{case.batch}x{case.length}:{case.keep}:{case.compute}",
                         "rival": who,
                         "speed": round(row["tok_s"] / best["tok_s"], 2),
                         "memory": round(row["peak_GiB"] / best["peak_GiB"], 2),
@@ -237,13 +251,36 @@ def beside(ours: list[dict], theirs: list[dict]) -> list[dict]:
 
 def alone(case: str, words: list[str]) -> list[dict]:
     """The rows that this script prints for one case, run in a process of its own."""
-    printed = subprocess.run([sys.executable, __file__, *words, "--case", case], capture_output=True, text=True)
-    if printed.returncode:
-        rows = [{"case": case, "error": printed.stderr.strip().splitlines()[-1][:300]}]
-    else:
-        rows = json.loads(printed.stdout.strip().splitlines()[-1])["rows"]
-    print(*rows, sep="\n", flush=True)
-    return rows
+    rows, error = told_rows(__file__, *words, "--case", case, mark="ROW")
+    return rows if error is None else [*rows, error | {"case": case}]
+
+
+def tell(row: dict) -> dict:
+    print("ROW", json.dumps(row), flush=True)
+    return row
+
+
+def together(args: argparse.Namespace, words: list[str], name: str) -> None:
+    """All cases and their rivals, the one after the other; each row is printed, and with --save kept, as it is made."""
+    rows: list[dict] = []
+    theirs: list[dict] = []
+
+    def add(some: list[dict], new: list[dict]) -> None:
+        some += new
+        if args.save:
+            keep(name, rows + theirs + beside(rows, theirs))
+
+    for i, case in enumerate(args.case):
+        add(rows, alone(case, words if i == 0 else [*words, "--no-ceilings"]))
+    with tempfile.TemporaryDirectory() as folder:
+        for kind in ("hf", "unsloth"):  # hf writes what unsloth loads
+            write = kind == "hf" and "unsloth" in args.peer
+            if kind in args.peer or write:
+                cases = [Case.of(case) for case in args.case] if kind in args.peer else []
+                add(theirs, rivals(kind, write, cases, folder, args.r, args.layers or 32))
+    table = beside(rows, theirs)
+    print(*table, sep="\n")
+    finish(name, rows + theirs + table, args.save)
 
 
 def main() -> None:
@@ -253,13 +290,13 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=0, help="0: the shape's own")
     parser.add_argument("--r", type=int, default=16)
     parser.add_argument("--steps", type=int, default=5)
-    parser.add_argument("--compute", choices=("bf16", "fp8"), default="bf16", help="of the frozen base's products")
     parser.add_argument("--eager", action="store_true", help="without CUDA graphs")
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--peer", nargs="+", choices=("hf", "unsloth"), default=[])
     parser.add_argument("--through", choices=("step", "fit"), default="step")
     parser.add_argument("--longest", type=int, nargs="?", const=1, default=0)
     parser.add_argument("--ballast", action="store_true", help="with --layers: memory of the blocks left out")
+    parser.add_argument("--ceilings", action=argparse.BooleanOptionalAction, default=True, help="of this card, first")
     parser.add_argument("--save", action="store_true")
     args = parser.parse_args()
     name = Path(__file__).stem.removeprefix("bench_")
@@ -269,35 +306,29 @@ def main() -> None:
             skip = word in ("--case", "--peer") or (skip and not word.startswith("--"))
             if not skip and word != "--save":
                 words.append(word)
-        rows = [row for case in args.case for row in alone(case, words)]
-        theirs = rivals(args.peer, args.case, args.r, args.layers or 32) if args.peer else []
-        table = beside(rows, theirs)
-        print(*table, sep="\n")
-        finish(name, rows + theirs + table, args.save)
+        together(args, words, name)
         return
-    rows = [{"copy_GB_s": round(copy_gb_s()), "matmul_TFLOP_s": round(matmul_tflop_s())}]
-    print(rows[0], flush=True)
-    torch.cuda.empty_cache()
+    rows = []
+    if args.ceilings:
+        rows.append(tell({"copy_GB_s": round(copy_gb_s()), "matmul_TFLOP_s": round(matmul_tflop_s())}))
+        torch.cuda.empty_cache()
     graph.RECORD = not args.eager
     if args.longest:
         finish(name, rows + longest(args), args.save)
         return
-    size, _, keep = args.case[0].partition(":")
-    batch, length = (int(n) for n in size.split("x"))
+    case = Case.of(args.case[0])
     model, optimizer = model_of(args)
     try:
-        row = measure(model, optimizer, batch, length, keep or "all", args.steps, args.profile)
+        row = tell(measure(model, optimizer, case, args.steps, args.profile))
         rows.append(row)
-        print(row, flush=True)
         if args.through == "fit":
             del optimizer
             with tempfile.TemporaryDirectory() as folder:
-                again = through_fit(model, batch, length, keep or "all", max(12, args.steps), Path(folder))
+                again = through_fit(model, case, max(12, args.steps), Path(folder))
             again["of_the_step"] = round(again["tok_s"] / row["tok_s"], 3)
-            rows.append(again)
-            print(again, flush=True)
+            rows.append(tell(again))
     except torch.OutOfMemoryError as e:
-        rows.append({"case": args.case[0], "error": str(e).split(".")[0]})
+        rows.append(tell({"case": args.case[0], "error": str(e).split(".")[0]}))
     finish(name, rows, args.save)
 
 
