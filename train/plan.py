@@ -25,11 +25,10 @@ from lora.models.budget import (
     Widths,
     account,
     free_bytes,
+    graph_fits,
     host_bytes,
     keep_on_gpu,
     parse_bytes,
-    reused_bytes,
-    sending_bytes,
     widths_of,
 )
 from lora.models.llama import Llama
@@ -53,7 +52,7 @@ class Plan:
 
     Attributes:
         parts: bytes by what they are for; their sum is `peak`, the most that tensors take at once
-        apart: bytes beside that: the CUDA context, memory of copies under way, pinned memory of the host
+        apart: bytes beside that: the CUDA context, pinned memory of the host
         keep: what each block keeps from its forward to its backward, a word of fused.KEEPS; empty off the fast path
         moment: of the step when the peak is
         recorded: whether the step runs as one CUDA graph
@@ -144,7 +143,7 @@ class _Setup:
     gpu: bool
     card: Card
     limit: int
-    room: int | None  # bytes for tensors and copies under way; None is `limit`
+    room: int | None  # bytes for tensors, whatever the budget; None is `limit`
     learned: float
     pack: bool
     recompute: bool
@@ -357,15 +356,12 @@ class _Planner:
         if s.keep is not None:
             keep = [s.keep] * w.blocks
         else:
-            assert s.room is not None
-            keep = keep_on_gpu(w, M, i, s.limit - base, learned, s.room - base)
+            keep = keep_on_gpu(w, M, i, s.limit - base - CUBLAS, learned)
         a = account(w, keep, M, i, learned)
-        needs = account(w, ["all"] * w.blocks, M, i).total
-        small = graph.RECORD and M <= graph.TOKENS and not s.pack and set(keep) == {"all"}
-        recorded = small and graph.SPARE * needs <= s.limit - base - a.reused
+        small = graph.RECORD and M <= graph.TOKENS and not s.pack
+        there = base + a.reused
+        recorded = small and graph_fits(w, keep, M, i, s.limit - there, (s.room or s.limit) - there)
         chunk = a.chunk if a.moment == "head" else 0
-        # a graph has a set of its own, of which the forward's alone is there at the head
-        again = recorded * reused_bytes(w, M, i, backward=a.moment == "backward")
         parts = {
             "4-bit weights": facts.weights4,
             "dense weights": facts.dense,
@@ -373,14 +369,13 @@ class _Planner:
             "gradients": 4 * n,
             "optimizer states": states,
             "kept by blocks": a.kept,
-            "reused buffers": a.reused + again,
+            "reused buffers": a.reused,
             "working set": a.working - chunk,
             "chunk of logits": chunk,
             "cuBLAS": CUBLAS * (1 + recorded),
         }
         apart = {
             "CUDA context, about": CONTEXT,
-            "copies under way": sending_bytes(w, M, i) if "host" in keep else 0,
             "pinned on the host": sum(host_bytes(w, word, M, i) for word in keep),
         }
         return _Found(parts, apart, tuple(keep), a.moment, recorded, "account")

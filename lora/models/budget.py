@@ -25,6 +25,7 @@ from lora.layer import LoRALinear
 from lora.models.host import Host
 
 MARGIN = 0.03  # of the card, for what nobody counts: fragments, libraries' workspaces
+SPARE = 1.1  # a graph is recorded where so many times its memory is free on the card
 CUBLAS = 2 * 32 * 2**20  # its workspaces on Hopper: for the thread of the forward, and for that of the backward
 LAYERS = (  # of a block, by the product that they share; Phi-3 stores two of them as one layer
     ("q_proj", "k_proj", "v_proj", "qkv_proj"),
@@ -118,13 +119,11 @@ def host_bytes(w: Widths, keep: str, M: int, itemsize: int) -> int:
     return M * itemsize * values
 
 
-def reused_bytes(w: Widths, M: int, itemsize: int, backward: bool = True) -> int:
-    """Buffers that one block after the other writes anew, and that stay; without `backward`, the forward's alone."""
+def reused_bytes(w: Widths, M: int, itemsize: int) -> int:
+    """Buffers that one block after the other writes anew, and that stay."""
     g, shapes = w.rooms, w.shapes
     weight = max(max(N * (K + room), (N + room) * K) for (N, K), room in zip(shapes, g, strict=True))
     rows = max(K + room for (_, K), room in zip(shapes, g, strict=True))
-    if not backward:
-        return itemsize * (weight + M * rows)
     b = max(N * room for (N, _), room in zip(shapes, g, strict=True))
     behind = w.behind * (w.states + max(g[1], g[3]))
     return itemsize * (weight + b + M * (rows + w.states + g[1] + w.qkv + g[0] + behind))
@@ -136,10 +135,10 @@ def attention_bytes(w: Widths, M: int, itemsize: int) -> int:
     return M * (4 * w.attended + 2 * itemsize * w.attended * grouped + 4 * w.heads)
 
 
-def _forward_bytes(w: Widths, keep: str, M: int, itemsize: int) -> int:
-    """Beside what blocks before this one keep."""
+def _forward_bytes(w: Widths, keep: str, before: str, M: int, itemsize: int) -> int:
+    """Beside what blocks before this one keep; what the one `before` sent away is still being copied."""
     states = max(kept_bytes(w, keep, M, itemsize), kept_bytes(w, "all", M, itemsize))
-    return states + M * itemsize * w.states
+    return states + M * itemsize * w.states + host_bytes(w, before, M, itemsize)
 
 
 def logit_rows(w: Widths, itemsize: int, learned: int) -> int:
@@ -201,29 +200,22 @@ def account(
     below, last = 0, len(keep) - 1
     moments: list[tuple[int, int, str]] = []  # kept, working, which
     for i, word in enumerate(keep):
-        moments.append((below, _forward_bytes(w, word, M, itemsize), "forward"))
+        moments.append((below, _forward_bytes(w, word, keep[i - 1] if i else "", M, itemsize), "forward"))
         below += kept_bytes(w, word, M, itemsize)
         moments.append((below, _backward_bytes(w, word, M, itemsize, i == last, i == 0, attention), "backward"))
-    moments.append((below, head_bytes(w, M, itemsize, M if learned is None else learned), "head"))
+    leaving = host_bytes(w, keep[-1], M, itemsize)
+    moments.append((below, leaving + head_bytes(w, M, itemsize, M if learned is None else learned), "head"))
     kept, working, moment = max(moments, key=lambda m: m[0] + m[1])
     chunk = itemsize * w.vocab * logit_rows(w, itemsize, M if learned is None else learned)
     return Account(kept, reused_bytes(w, M, itemsize), moment, working, chunk)
 
 
-def sending_bytes(w: Widths, M: int, itemsize: int) -> int:
-    """Freed memory that copies to the host still read: not a tensor's any more, and nobody else's yet."""
-    return M * itemsize * 3 * (w.own - w.states)
-
-
 # ---- the choice ----
-def keep_on_gpu(
-    w: Widths, M: int, itemsize: int, free: int, learned: int | None = None, room: int | None = None
-) -> list[str]:
-    """What each block keeps when tensors of a step over M tokens may take `free` bytes, and all of it `room`."""
+def keep_on_gpu(w: Widths, M: int, itemsize: int, free: int, learned: int | None = None) -> list[str]:
+    """What each block keeps when tensors of a step over M tokens may take `free` bytes."""
 
     def fits(keep: list[str]) -> bool:
-        need = account(w, keep, M, itemsize, learned).total
-        return need <= free and (room is None or need + ("host" in keep) * sending_bytes(w, M, itemsize) <= room)
+        return account(w, keep, M, itemsize, learned).total <= free
 
     low, high = 1, w.blocks  # blocks kept whole: the last one's states would come back as soon as they are sent
     if not fits(["host"] * (w.blocks - 1) + ["all"]):
@@ -235,6 +227,24 @@ def keep_on_gpu(
         else:
             high = middle - 1
     return ["host"] * (w.blocks - low) + ["all"] * low
+
+
+def in_8_bits(keep: Sequence[str]) -> list[str]:
+    """What blocks keep whose products are in 8 bits: all their states would cross PCIe for longer than the step takes,
+    those of every second block do not; the others are made again."""
+    return ["input_host" if word == "host" and i % 2 else word for i, word in enumerate(keep)]
+
+
+def graph_fits(w: Widths, keep: Sequence[str], M: int, itemsize: int, free: int, room: int) -> bool:
+    """Whether a step over M tokens, with the reused buffers there, may become a CUDA graph where tensors may still take
+    `free` bytes, and where `room` bytes of the card are free.
+
+    A graph holds its memory between two steps: where some of it had to be saved, a step of another shape must still
+    find as much again.
+    """
+    a = account(w, keep, M, itemsize)
+    need = a.total - a.reused + CUBLAS
+    return need <= free and SPARE * (1 if set(keep) == {"all"} else 2) * need <= room
 
 
 def free_bytes(device: torch.device, limit: int | None = None) -> int:
@@ -251,7 +261,7 @@ class Keeping:
     Attributes:
         keep: a word of `fused.KEEPS` for all blocks, or one for each; None goes by what is free
         budget: bytes that tensors may take on the GPU in all; None is what is free
-        recordable: whether the last step ran fused with all kept on the GPU, and so fits a CUDA graph
+        recordable: whether the last step ran fused, and so can become a CUDA graph
         compute: what the frozen base's products run in, "bf16" for the dtype of the states, or "fp8"
         said: how the last step's blocks ran, and why; "" before the first
         scales8: scales of weights in 8 bits
@@ -285,18 +295,17 @@ class Keeping:
     def within(self, w: Widths, tokens: int, x: Tensor) -> list[str]:
         """What each block keeps in the memory that is free now, within the budget."""
         device, itemsize = x.device, x.element_size()
-        # buffers of smaller steps are written over, and x is a block's state already; cuBLAS' come with a product
+        # buffers of smaller steps are written over, and x is a block's state already; cuBLAS' come with a product, and
+        # once more with a graph
         there = sum(t.numel() * t.element_size() for t in (x, *mine().values()) if t.device == device)
-        room = free_bytes(device) + there - CUBLAS
-        free = free_bytes(device, self.budget) + there - CUBLAS
-        keep = keep_on_gpu(w, tokens, itemsize, free, room=room)
-        # in 8 bits a block is made again sooner than all its states cross PCIe: 450 ms a step instead of 590
-        return ["input_host" if self.compute == "fp8" and word == "host" else word for word in keep]
+        keep = keep_on_gpu(w, tokens, itemsize, free_bytes(device, self.budget) + there - 2 * CUBLAS)
+        return in_8_bits(keep) if self.compute == "fp8" else keep
 
-    def needs(self, tokens: int, itemsize: int) -> int:
-        """Bytes that a step takes at most, beside the model, with all kept."""
+    def graph_fits(self, tokens: int, itemsize: int, free: int, room: int) -> bool:
+        """`graph_fits` of the last step, over so many tokens."""
         w = self.widths
-        return account(w, ["all"] * w.blocks, tokens, itemsize).total
+        words = self.keep if isinstance(self.keep, list) else [self.keep] * w.blocks if self.keep else self.chosen[1]
+        return graph_fits(w, words, tokens, itemsize, free, room)
 
 
 def parse_bytes(text: str) -> int:
