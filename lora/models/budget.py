@@ -305,7 +305,7 @@ class Keeping:
         """`graph_fits` of the last step, over so many tokens."""
         w = self.widths
         words = self.keep if isinstance(self.keep, list) else [self.keep] * w.blocks if self.keep else self.chosen[1]
-        return graph_fits(w, words, tokens, itemsize, free, room)
+        return graph_fits(w, words or ["all"] * w.blocks, tokens, itemsize, free, room)
 
 
 def parse_bytes(text: str) -> int:
