@@ -2,7 +2,8 @@
 
 Llama's shapes with random weights, NF4 with double quantization, LoRA on all linears, bfloat16, every token learned,
 AdamW with 32-bit states.  Forward, backward, clipping and the optimizer's step are timed; median of the steps after a
-warm-up; peak of torch.cuda.max_memory_allocated.  Each case runs in a process of its own.
+warm-up; peak of torch.cuda.max_memory_allocated.  One model serves all cases; what a case leaves behind is cleared.
+Rivals run in processes of their own.
 
 usage: python benchmarks/bench_step.py [--case BATCHxLENGTH:KEEP[:fp8] ...]
        KEEP: of fused.KEEPS, or a budget such as 36GiB; fp8: the frozen base's products in 8 bits
@@ -16,9 +17,9 @@ usage: python benchmarks/bench_step.py [--case BATCHxLENGTH:KEEP[:fp8] ...]
 
 import argparse
 import dataclasses
-import json
+import gc
+import shutil
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -26,7 +27,7 @@ from typing import Any, NamedTuple
 
 import torch
 from models import SHAPES, at_random
-from result import finish, keep, peer_rows, told_rows
+from result import finish, keep, peer_rows
 from timing import copy_gb_s, matmul_tflop_s
 
 import lora
@@ -64,22 +65,36 @@ class Case(NamedTuple):
         return parse_bytes(self.keep) if self.keep.endswith("GiB") else None
 
 
-def model_of(args: argparse.Namespace) -> tuple[Llama, AdamW]:
-    """The model and its optimizer on the GPU."""
+def model_of(args: argparse.Namespace) -> Llama:
+    """The model on the GPU."""
     config = SHAPES[args.shape]
-    model = at_random(dataclasses.replace(config, num_layers=args.layers or config.num_layers), r=args.r)
-    return model, AdamW([p for p in model.parameters() if p.requires_grad])
+    return at_random(dataclasses.replace(config, num_layers=args.layers or config.num_layers), r=args.r)
 
 
-def measure(model: Llama, optimizer: AdamW, case: Case, steps: int, profile: bool) -> dict:
+def optimizer_of(model: Llama) -> AdamW:
+    return AdamW([p for p in model.parameters() if p.requires_grad])
+
+
+def clear(model: Llama) -> None:
+    """Gives back what steps leave behind: reused buffers, pinned memory, libraries' workspaces, gradients."""
+    model.keeping.chosen, model.keeping.host = (0, []), Host()
+    mine().clear()
+    model.zero_grad(set_to_none=True)
+    gc.collect()
+    torch._C._cuda_clearCublasWorkspaces()
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+
+
+def measure(model: Llama, case: Case, steps: int, profile: bool) -> dict:
     """One row of the table."""
     (batch, length, keep, compute), keeping = case, model.keeping
     keeping.compute, keeping.budget, keeping.chosen = compute, case.budget, (0, [])
     keeping.keep = None if case.budget else keep
-    torch.cuda.synchronize()
-    torch.cuda.empty_cache()
+    clear(model)
+    optimizer = optimizer_of(model)
     base = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
     seconds = []
     graphs = Graphs(model)
     for _ in range(steps + 3):
@@ -147,7 +162,7 @@ def through_fit(model: Llama, case: Case, steps: int, folder: Path) -> dict:
         batch=batch, pack=True, max_length=length, max_steps=steps + 4, learn="all", probe=False, progress=False,
         budget=keep if case.budget else None, lr=1e-4, compute=case.compute,
     )  # fmt: skip
-    torch.cuda.reset_peak_memory_stats()
+    clear(model)
     run = lora.fit(model, Tokenizer.from_directory(folder), texts, config=config)
     wall = [h["tokens_per_second"] for h in run.history if "tokens_per_second" in h][4:]
     return {
@@ -160,7 +175,8 @@ def through_fit(model: Llama, case: Case, steps: int, folder: Path) -> dict:
 # ---- the longest row ----
 def longest(args: argparse.Namespace) -> list[dict]:
     """Rows for each length tried, the last the longest that trained."""
-    model, optimizer = model_of(args)
+    model = model_of(args)
+    optimizer = optimizer_of(model)
     missing = SHAPES[args.shape].num_layers - model.config.num_layers
     kept = []
     if args.ballast and missing:  # the bytes of the blocks that are left out: weights, factors and their states
@@ -170,10 +186,7 @@ def longest(args: argparse.Namespace) -> list[dict]:
     rows: list[dict] = []
 
     def trains(tokens: int) -> bool:
-        model.keeping.keep, model.keeping.chosen, model.keeping.host = None, (0, []), Host()
-        mine().clear()
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
+        clear(model)
         start = time.perf_counter()
         try:
             loss = one(Graphs(model), optimizer, batch_of(model, 1, tokens))
@@ -207,6 +220,12 @@ def longest(args: argparse.Namespace) -> list[dict]:
 
 
 # ---- rivals ----
+def roomy() -> str | None:
+    """Where a checkpoint of 6 GB is written quickest: in memory, where there is enough of that."""
+    memory = Path("/dev/shm")
+    return str(memory) if memory.is_dir() and shutil.disk_usage(memory).free > 16 * 2**30 else None
+
+
 def rivals(kind: str, write: bool, cases: list[Case], folder: str, r: int, layers: int) -> list[dict]:
     """The rows of one rival; hf can `write` what unsloth loads into the folder, and takes the first size alone."""
     sizes = dict.fromkeys(f"{c.batch}x{c.length}:offload" for c in cases)
@@ -249,40 +268,6 @@ def beside(ours: list[dict], theirs: list[dict]) -> list[dict]:
     return table
 
 
-def alone(case: str, words: list[str]) -> list[dict]:
-    """The rows that this script prints for one case, run in a process of its own."""
-    rows, error = told_rows(__file__, *words, "--case", case, mark="ROW")
-    return rows if error is None else [*rows, error | {"case": case}]
-
-
-def tell(row: dict) -> dict:
-    print("ROW", json.dumps(row), flush=True)
-    return row
-
-
-def together(args: argparse.Namespace, words: list[str], name: str) -> None:
-    """All cases and their rivals, the one after the other; each row is printed, and with --save kept, as it is made."""
-    rows: list[dict] = []
-    theirs: list[dict] = []
-
-    def add(some: list[dict], new: list[dict]) -> None:
-        some += new
-        if args.save:
-            keep(name, rows + theirs + beside(rows, theirs))
-
-    for i, case in enumerate(args.case):
-        add(rows, alone(case, words if i == 0 else [*words, "--no-ceilings"]))
-    with tempfile.TemporaryDirectory() as folder:
-        for kind in ("hf", "unsloth"):  # hf writes what unsloth loads
-            write = kind == "hf" and "unsloth" in args.peer
-            if kind in args.peer or write:
-                cases = [Case.of(case) for case in args.case] if kind in args.peer else []
-                add(theirs, rivals(kind, write, cases, folder, args.r, args.layers or 32))
-    table = beside(rows, theirs)
-    print(*table, sep="\n")
-    finish(name, rows + theirs + table, args.save)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", nargs="+", default=CASES)
@@ -296,40 +281,51 @@ def main() -> None:
     parser.add_argument("--through", choices=("step", "fit"), default="step")
     parser.add_argument("--longest", type=int, nargs="?", const=1, default=0)
     parser.add_argument("--ballast", action="store_true", help="with --layers: memory of the blocks left out")
-    parser.add_argument("--ceilings", action=argparse.BooleanOptionalAction, default=True, help="of this card, first")
     parser.add_argument("--save", action="store_true")
     args = parser.parse_args()
-    name = Path(__file__).stem.removeprefix("bench_")
-    if (len(args.case) > 1 or args.peer) and not args.longest:
-        words, skip = [], False
-        for word in sys.argv[1:]:  # all but what is about cases and rivals
-            skip = word in ("--case", "--peer") or (skip and not word.startswith("--"))
-            if not skip and word != "--save":
-                words.append(word)
-        together(args, words, name)
-        return
-    rows = []
-    if args.ceilings:
-        rows.append(tell({"copy_GB_s": round(copy_gb_s()), "matmul_TFLOP_s": round(matmul_tflop_s())}))
-        torch.cuda.empty_cache()
+    apart = [args.shape] * (args.shape != "8b") + ["longest"] * bool(args.longest) + ["fit"] * (args.through == "fit")
+    name = "_".join([Path(__file__).stem.removeprefix("bench_"), *apart])
     graph.RECORD = not args.eager
+    rows: list[dict] = []
+    theirs: list[dict] = []
+
+    def add(some: list[dict], new: list[dict]) -> None:
+        """Rows are printed as they come, and kept: a long run that is cut off loses one part."""
+        for row in new if some is rows else []:
+            print(row, flush=True)
+        some += new
+        if args.save:
+            keep(name, rows + theirs + beside(rows, theirs))
+
+    add(rows, [{"copy_GB_s": round(copy_gb_s()), "matmul_TFLOP_s": round(matmul_tflop_s())}])
+    torch.cuda.empty_cache()
     if args.longest:
         finish(name, rows + longest(args), args.save)
         return
-    case = Case.of(args.case[0])
-    model, optimizer = model_of(args)
-    try:
-        row = tell(measure(model, optimizer, case, args.steps, args.profile))
-        rows.append(row)
-        if args.through == "fit":
-            del optimizer
-            with tempfile.TemporaryDirectory() as folder:
-                again = through_fit(model, case, max(12, args.steps), Path(folder))
-            again["of_the_step"] = round(again["tok_s"] / row["tok_s"], 3)
-            rows.append(tell(again))
-    except torch.OutOfMemoryError as e:
-        rows.append(tell({"case": args.case[0], "error": str(e).split(".")[0]}))
-    finish(name, rows, args.save)
+    model = model_of(args)
+    for text in args.case:
+        case = Case.of(text)
+        try:
+            add(rows, [measure(model, case, args.steps, args.profile)])
+            if args.through == "fit":
+                with tempfile.TemporaryDirectory() as folder:
+                    again = through_fit(model, case, max(12, args.steps), Path(folder))
+                add(rows, [again | {"of_the_step": round(again["tok_s"] / rows[-1]["tok_s"], 3)}])
+        except torch.OutOfMemoryError as e:
+            add(rows, [{"case": text, "error": str(e).split(".")[0]}])
+        clear(model)
+    del model
+    gc.collect()
+    torch.cuda.empty_cache()
+    with tempfile.TemporaryDirectory(dir=roomy()) as folder:
+        for kind in ("hf", "unsloth"):  # hf writes what unsloth loads
+            write = kind == "hf" and "unsloth" in args.peer
+            if kind in args.peer or write:
+                cases = [Case.of(case) for case in args.case] if kind in args.peer else []
+                add(theirs, rivals(kind, write, cases, folder, args.r, args.layers or 32))
+    table = beside(rows, theirs)
+    print(*table, sep="\n")
+    finish(name, rows + theirs + table, args.save)
 
 
 if __name__ == "__main__":

@@ -68,22 +68,16 @@ def resident_peak() -> int:
 
 def peer_rows(script: str, who: str, *words: str) -> list[dict[str, Any]]:
     """What a rival's script beside this file prints behind PEER, from a process of its own; a failure is a row too."""
-    rows, error = told_rows(str(Path(__file__).with_name(script)), who, *words, mark="PEER")
-    return rows if error is None else [*rows, error | {"who": who}]
-
-
-def told_rows(*command: str, mark: str) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
-    """The JSON behind `mark` on lines that a Python script prints, each printed here as it comes; and how it failed."""
+    command = [sys.executable, str(Path(__file__).with_name(script)), who, *words]
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryFile("w+") as errors:
-        with subprocess.Popen([sys.executable, *command], stdout=subprocess.PIPE, stderr=errors, text=True) as child:
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True) as child:
             for line in child.stdout or ():
-                if line.startswith(mark):
-                    rows.append(json.loads(line.removeprefix(mark)))
+                if line.startswith("PEER"):
+                    rows.append(json.loads(line.removeprefix("PEER")))
                     print(rows[-1], flush=True)
-        if not child.returncode:
-            return rows, None
-        errors.seek(0)
-        error = {"error": ([""] + errors.read().strip().splitlines())[-1][:300]}
-    print(error, flush=True)
-    return rows, error
+        if child.returncode:
+            errors.seek(0)
+            rows.append({"who": who, "error": ([""] + errors.read().strip().splitlines())[-1][:300]})
+            print(rows[-1], flush=True)
+    return rows
