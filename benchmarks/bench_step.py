@@ -32,7 +32,7 @@ from timing import copy_gb_s, matmul_tflop_s
 
 import lora
 from lora.kernels.scratch import mine
-from lora.models.budget import parse_bytes
+from lora.models.budget import CUBLAS, free_bytes, keep_on_gpu, kept_bytes, parse_bytes
 from lora.models.host import Host
 from lora.models.llama import Llama
 from lora.render import Batch
@@ -187,6 +187,13 @@ def longest(args: argparse.Namespace) -> list[dict]:
 
     def trains(tokens: int) -> bool:
         clear(model)
+        states = []
+        if kept:  # blocks keep what all of them together could, and what those left out would keep takes memory too
+            w = model.keeping.widths._replace(blocks=missing + model.config.num_layers)
+            words = keep_on_gpu(w, tokens, 2, free_bytes(torch.device("cuda")) - 2 * CUBLAS)
+            model.keeping.keep = words[missing:]
+            size = sum(kept_bytes(w, word, tokens, 2) for word in words[:missing])
+            states = [torch.empty(size, dtype=torch.uint8, device="cuda")]
         start = time.perf_counter()
         try:
             loss = one(Graphs(model), optimizer, batch_of(model, 1, tokens))
@@ -197,11 +204,12 @@ def longest(args: argparse.Namespace) -> list[dict]:
             optimizer.zero_grad()
         row = {
             "who": "ours", "longest": tokens, "r": args.r, "layers": model.config.num_layers, "ballast": bool(kept),
-            "keep": sorted(set(model.keeping.chosen[1])), **found,
+            "keep": sorted(set(model.keeping.keep or model.keeping.chosen[1])), **found,
             "peak_GiB": round(torch.cuda.max_memory_allocated() / 2**30, 2),
             "reserved_GiB": round(torch.cuda.max_memory_reserved() / 2**30, 2),
             "host_GiB": round(model.keeping.host.nbytes() / 2**30, 2),
         }  # fmt: skip
+        del states
         rows.append(row)
         print(row, flush=True)
         return "error" not in row

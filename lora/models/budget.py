@@ -22,7 +22,7 @@ from lora.kernels.cross_entropy import chunk_rows
 from lora.kernels.fold import ROOM
 from lora.kernels.scratch import mine
 from lora.layer import LoRALinear
-from lora.models.host import Host
+from lora.models.host import Host, going_on
 
 MARGIN = 0.03  # of the card, for what nobody counts: fragments, libraries' workspaces
 SPARE = 1.1  # a graph is recorded where so many times its memory is free on the card
@@ -135,10 +135,10 @@ def attention_bytes(w: Widths, M: int, itemsize: int) -> int:
     return M * (4 * w.attended + 2 * itemsize * w.attended * grouped + 4 * w.heads)
 
 
-def _forward_bytes(w: Widths, keep: str, before: str, M: int, itemsize: int) -> int:
-    """Beside what blocks before this one keep; what the one `before` sent away is still being copied."""
+def _forward_bytes(w: Widths, keep: str, leaving: Sequence[int], M: int, itemsize: int) -> int:
+    """Beside what blocks before this one keep; copies to the host still read what is `leaving`."""
     states = max(kept_bytes(w, keep, M, itemsize), kept_bytes(w, "all", M, itemsize))
-    return states + M * itemsize * w.states + host_bytes(w, before, M, itemsize)
+    return states + M * itemsize * w.states + sum(leaving)
 
 
 def logit_rows(w: Widths, itemsize: int, learned: int) -> int:
@@ -199,12 +199,15 @@ def account(
     attention = attention_bytes(w, M, itemsize) if attention is None else attention
     below, last = 0, len(keep) - 1
     moments: list[tuple[int, int, str]] = []  # kept, working, which
+    leaving: list[int] = []
     for i, word in enumerate(keep):
-        moments.append((below, _forward_bytes(w, word, keep[i - 1] if i else "", M, itemsize), "forward"))
+        moments.append((below, _forward_bytes(w, word, leaving, M, itemsize), "forward"))
+        sent = host_bytes(w, word, M, itemsize)
+        leaving = [*leaving[len(leaving) - going_on(leaving, sent) :], sent] if sent else []
         below += kept_bytes(w, word, M, itemsize)
         moments.append((below, _backward_bytes(w, word, M, itemsize, i == last, i == 0, attention), "backward"))
-    leaving = host_bytes(w, keep[-1], M, itemsize)
-    moments.append((below, leaving + head_bytes(w, M, itemsize, M if learned is None else learned), "head"))
+    head = head_bytes(w, M, itemsize, M if learned is None else learned)
+    moments.append((below, sum(leaving) + head, "head"))
     kept, working, moment = max(moments, key=lambda m: m[0] + m[1])
     chunk = itemsize * w.vocab * logit_rows(w, itemsize, M if learned is None else learned)
     return Account(kept, reused_bytes(w, M, itemsize), moment, working, chunk)
