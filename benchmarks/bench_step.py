@@ -33,7 +33,7 @@ from timing import copy_gb_s, matmul_tflop_s
 import lora
 from lora.kernels.scratch import mine
 from lora.models.budget import CUBLAS, free_bytes, keep_on_gpu, kept_bytes, parse_bytes
-from lora.models.host import Host
+from lora.models.host import Host, host_room
 from lora.models.llama import Llama
 from lora.render import Batch
 from lora.train import graph
@@ -190,7 +190,7 @@ def longest(args: argparse.Namespace) -> list[dict]:
         states = []
         if kept:  # blocks keep what all of them together could, and what those left out would keep takes memory too
             w = model.keeping.widths._replace(blocks=missing + model.config.num_layers)
-            words = keep_on_gpu(w, tokens, 2, free_bytes(torch.device("cuda")) - 2 * CUBLAS)
+            words = keep_on_gpu(w, tokens, 2, free_bytes(torch.device("cuda")) - 2 * CUBLAS, host=host_room())
             model.keeping.keep = words[missing:]
             size = sum(kept_bytes(w, word, tokens, 2) for word in words[:missing])
             states = [torch.empty(size, dtype=torch.uint8, device="cuda")]

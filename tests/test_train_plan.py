@@ -11,7 +11,8 @@ from tiny import give_tokenizer
 
 import lora
 from lora.__main__ import main
-from lora.models.budget import CUBLAS, Widths, account, graph_fits, in_8_bits, keep_on_gpu
+from lora.models.budget import CUBLAS, Widths, account, graph_fits, host_bytes, in_8_bits, keep_on_gpu
+from lora.models.host import host_room
 from lora.models.llama import LlamaConfig
 from lora.models.outline import outline
 from lora.models.save import save_pretrained
@@ -158,6 +159,16 @@ def test_blocks_are_kept_whole_as_far_as_memory_goes() -> None:
         assert whole == 1 or keep_on_gpu(WIDTHS, M, 2, needs[whole] - 1).count("all") == whole - 1
     assert keep_on_gpu(WIDTHS, M, 2, 100 * GIB) == ["all"] * 32
     assert keep_on_gpu(WIDTHS, M, 2, 0) == ["input_host"] * 31 + ["input"]
+
+
+def test_states_that_the_host_cannot_hold_are_made_again() -> None:
+    M = 8192
+    need = account(WIDTHS, ["host"] * 31 + ["all"], M, 2).total
+    host = 31 * host_bytes(WIDTHS, "host", M, 2)
+    assert keep_on_gpu(WIDTHS, M, 2, need, host=host) == ["host"] * 31 + ["all"]
+    assert keep_on_gpu(WIDTHS, M, 2, need, host=host - 1) == ["input_host"] * 31 + ["input"]
+    assert keep_on_gpu(WIDTHS, M, 2, 100 * GIB, host=0) == ["all"] * 32
+    assert (host_room() or 1) > 0
 
 
 def test_in_8_bits_every_second_block_keeps_its_states() -> None:

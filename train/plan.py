@@ -19,6 +19,7 @@ from torch import nn
 from lora.config import LoRAConfig
 from lora.models.base import CausalLM, refuse_encoder
 from lora.models.budget import MARGIN, free_bytes, parse_bytes
+from lora.models.host import host_room
 from lora.models.outline import Outline, outline
 from lora.train.ceilings import Card, card_of, measure
 from lora.train.planner import CONTEXT, Planner, Setup
@@ -187,8 +188,8 @@ def plan(
     quantize = {"qlora": quantize or "nf4", "lora": None, "full": None}[method]
     config = LoRAConfig(r=r, targets=targets if isinstance(targets, str) else tuple(targets))
     setup = Setup(
-        source, name, method, config, quantize, dtype, gpu, ceiling, limit, room if gpu else None, learned, pack,
-        recompute, optim_bits, keep,
+        source, name, method, config, quantize, dtype, gpu, ceiling, limit, room if gpu else None,
+        host_room() if here and card is None else None, learned, pack, recompute, optim_bits, keep,
     )  # fmt: skip
     planner = Planner(setup)
     found = planner.find(batch, length, r)

@@ -41,6 +41,7 @@ class Setup:
     card: Card
     limit: int
     room: int | None  # bytes for tensors, whatever the budget; None is `limit`
+    host: int | None  # bytes that may be pinned on the host; None is not known
     learned: float
     pack: bool
     recompute: bool
@@ -155,7 +156,7 @@ class Planner:
         if s.keep is not None:
             keep = [s.keep] * w.blocks
         else:
-            keep = keep_on_gpu(w, M, i, s.limit - base - CUBLAS, learned)
+            keep = keep_on_gpu(w, M, i, s.limit - base - CUBLAS, learned, s.host)
         a = account(w, keep, M, i, learned)
         small = graph.RECORD and M <= graph.TOKENS and not s.pack
         there = base + a.reused

@@ -22,7 +22,7 @@ from lora.kernels.cross_entropy import chunk_rows
 from lora.kernels.fold import ROOM
 from lora.kernels.scratch import mine
 from lora.layer import LoRALinear
-from lora.models.host import Host, going_on
+from lora.models.host import Host, going_on, host_room
 
 MARGIN = 0.03  # of the card, for what nobody counts: fragments, libraries' workspaces
 SPARE = 1.1  # a graph is recorded where so many times its memory is free on the card
@@ -214,21 +214,26 @@ def account(
 
 
 # ---- the choice ----
-def keep_on_gpu(w: Widths, M: int, itemsize: int, free: int, learned: int | None = None) -> list[str]:
-    """What each block keeps when tensors of a step over M tokens may take `free` bytes."""
+def keep_on_gpu(
+    w: Widths, M: int, itemsize: int, free: int, learned: int | None = None, host: int | None = None
+) -> list[str]:
+    """What each block keeps when tensors of a step over M tokens may take `free` bytes, and `host` bytes pinned ones."""
 
     def fits(keep: list[str]) -> bool:
         return account(w, keep, M, itemsize, learned).total <= free
 
     low, high = 1, w.blocks  # blocks kept whole: the last one's states would come back as soon as they are sent
+    inputs = ["input_host"] * (w.blocks - 1) + ["input"]
     if not fits(["host"] * (w.blocks - 1) + ["all"]):
-        return ["input_host"] * (w.blocks - 1) + ["input"]
+        return inputs
     while low < high:
         middle = (low + high + 1) // 2
         if fits(["host"] * (w.blocks - middle) + ["all"] * middle):
             low = middle
         else:
             high = middle - 1
+    if host is not None and (w.blocks - low) * host_bytes(w, "host", M, itemsize) > host:
+        return inputs
     return ["host"] * (w.blocks - low) + ["all"] * low
 
 
@@ -301,7 +306,11 @@ class Keeping:
         # buffers of smaller steps are written over, and x is a block's state already; cuBLAS' come with a product, and
         # once more with a graph
         there = sum(t.numel() * t.element_size() for t in (x, *mine().values()) if t.device == device)
-        keep = keep_on_gpu(w, tokens, itemsize, free_bytes(device, self.budget) + there - 2 * CUBLAS)
+        host = host_room()
+        keep = keep_on_gpu(
+            w, tokens, itemsize, free_bytes(device, self.budget) + there - 2 * CUBLAS,
+            host=None if host is None else host + self.host.nbytes(),
+        )  # fmt: skip
         return in_8_bits(keep) if self.compute == "fp8" else keep
 
     def graph_fits(self, tokens: int, itemsize: int, free: int, room: int) -> bool:

@@ -8,6 +8,7 @@ copy: were it left to the allocator (record_stream), a CUDA graph being recorded
 import weakref
 from collections import deque
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -108,6 +109,18 @@ class Host:
 
 def _size(x: Tensor, own: Sequence[Tensor]) -> int:
     return sum(t.numel() * t.element_size() for t in (x, *own))
+
+
+def host_room() -> int | None:
+    """Bytes of the host's memory that may still be pinned: most of what is available; None where nobody tells."""
+    found = []
+    for path, key in (("/proc/meminfo", "MemAvailable:"), ("/sys/fs/cgroup/memory.max", "")):
+        try:
+            line = next(x for x in Path(path).read_text().splitlines() if x.startswith(key))
+            found.append(int(line.removeprefix(key).split()[0]) * (1024 if key else 1))
+        except (OSError, StopIteration, ValueError):  # another system, or a container without a limit ("max")
+            continue
+    return int(0.9 * min(found)) if found else None
 
 
 def pinned(size: int) -> Tensor:
