@@ -217,7 +217,7 @@ def account(
 def keep_on_gpu(
     w: Widths, M: int, itemsize: int, free: int, learned: int | None = None, host: int | None = None
 ) -> list[str]:
-    """What each block keeps when tensors of a step over M tokens may take `free` bytes, and `host` bytes pinned ones."""
+    """What each block keeps when tensors of a step over M tokens may take `free` bytes, and pinned ones `host`."""
 
     def fits(keep: list[str]) -> bool:
         return account(w, keep, M, itemsize, learned).total <= free

@@ -114,7 +114,8 @@ def _size(x: Tensor, own: Sequence[Tensor]) -> int:
 def host_room() -> int | None:
     """Bytes of the host's memory that may still be pinned: most of what is available; None where nobody tells."""
     found = []
-    for path, key in (("/proc/meminfo", "MemAvailable:"), ("/sys/fs/cgroup/memory.max", "")):
+    limits = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+    for path, key in (("/proc/meminfo", "MemAvailable:"), *((limit, "") for limit in limits)):
         try:
             line = next(x for x in Path(path).read_text().splitlines() if x.startswith(key))
             found.append(int(line.removeprefix(key).split()[0]) * (1024 if key else 1))
