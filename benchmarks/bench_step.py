@@ -18,6 +18,7 @@ usage: python benchmarks/bench_step.py [--case BATCHxLENGTH:KEEP[:fp8] ...]
 import argparse
 import dataclasses
 import gc
+import math
 import shutil
 import statistics
 import tempfile
@@ -117,8 +118,15 @@ def measure(model: Llama, case: Case, steps: int, profile: bool) -> dict:
         "who": "ours", "batch": batch, "length": length, "keep": keep, "compute": compute,
         "ms": round(1e3 * took, 1), "tok_s": round(batch * length / took),
         "peak_GiB": round(torch.cuda.max_memory_allocated() / 2**30, 2), "base_GiB": round(base / 2**30, 2),
-        "blocks_whole": keeping.chosen[1].count("all"), "graph": bool(graphs.graphs), "loss": round(loss.item(), 3),
+        "blocks_whole": keeping.chosen[1].count("all"), "graph": bool(graphs.graphs), "loss": round(finite(loss), 3),
     }  # fmt: skip
+
+
+def finite(loss: torch.Tensor) -> float:
+    """Its value.  Numbers that are none take less power to multiply, and so less time: they are no measurement."""
+    if not math.isfinite(loss.item()):
+        raise ArithmeticError(f"the loss is {loss.item()}")
+    return loss.item()
 
 
 def batch_of(model: Llama, batch: int, length: int) -> Batch:
@@ -311,15 +319,18 @@ def main() -> None:
         finish(name, rows + longest(args), args.save)
         return
     model = model_of(args)
+    factors = [p for p in model.parameters() if p.requires_grad]
+    fresh = [p.detach().cpu() for p in factors]
     for text in args.case:
         case = Case.of(text)
+        torch._foreach_copy_([p.detach() for p in factors], fresh)  # no case trains on where another ended
         try:
             add(rows, [measure(model, case, args.steps, args.profile)])
             if args.through == "fit":
                 with tempfile.TemporaryDirectory() as folder:
                     again = through_fit(model, case, max(12, args.steps), Path(folder))
                 add(rows, [again | {"of_the_step": round(again["tok_s"] / rows[-1]["tok_s"], 3)}])
-        except torch.OutOfMemoryError as e:
+        except (torch.OutOfMemoryError, ArithmeticError) as e:
             add(rows, [{"case": text, "error": str(e).split(".")[0]}])
         clear(model)
     del model
