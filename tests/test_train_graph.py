@@ -64,7 +64,7 @@ def test_a_batch_runs_as_without_it(keep: str | None, monkeypatch: pytest.Monkey
         for k, p in model.named_parameters():
             if p.requires_grad:
                 torch.testing.assert_close(p.grad, gradients[k], rtol=1e-3, atol=1e-5)
-    assert len(graphs.graphs) == (1 if DEVICE.type == "cuda" else 0)
+    assert len(graphs.graphs) == (1 if DEVICE.type == "cuda" and keep in (None, "all") else 0)
 
 
 @on_gpu
@@ -90,11 +90,11 @@ def test_room_is_little_more_than_needed() -> None:
 
 
 @on_gpu
-def test_graphs_share_buffers_and_pinned_memory_with_what_is_not_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_graphs_share_buffers_with_what_is_not_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lora.train.graph.RECORD", True)
-    model = small("host")
+    model = small()
     graphs = Graphs(model)
-    for length in (20, 20, 60, 60, 20, 100, 20, 60):  # the room of the first two grows under their graphs
+    for length in (20, 20, 60, 60, 20, 100, 20, 60):  # buffers grow under the graph of the shorter rows
         b = batch(length, length=length)
         want, gradients = plain(model, b, 9)
         model.zero_grad(set_to_none=False)

@@ -1,12 +1,10 @@
 """States of blocks in pinned memory of the host: sent while the next block computes, fetched one block ahead.
 
 Blocks are numbered in the order of the forward; `send` is called once a block going forward, `fetch` once going back.
-Buffers on the host are used again every step.  What is sent is let go by a later block's call, behind a wait for its
-copy: were it left to the allocator (record_stream), a CUDA graph being recorded would never get it back.
+Buffers on the host are used again every step.
 """
 
 import weakref
-from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,24 +13,14 @@ import torch
 from torch import Tensor
 
 
-def going_on(sizes: Sequence[int], size: int) -> int:
-    """Of copies under way, of `sizes` bytes in turn, how many of the last may go on when one of `size` is begun.
-
-    One, where it is the larger: a block that keeps little leaves time for the one that kept much (in 8 bits all states
-    of a block take 6 ms over PCIe, and the next block's forward 4).
-    """
-    return int(len(sizes) > 0 and sizes[-1] > size)
-
-
 class Host:
     """What a step put away.  On a CPU it puts nothing away and gives back what it was given."""
 
     def __init__(self) -> None:
-        self.room: dict[tuple[int, int], Tensor] = {}  # (block, place) -> pinned bytes, as many as were ever needed
+        self.room: dict[tuple[int, int], Tensor] = {}  # (block, place) -> pinned bytes
         self.away: dict[int, list[Tensor]] = {}  # block -> its own tensors
         self.inputs: dict[int, Tensor] = {}  # block -> x, where it is here
         self.coming: set[int] = set()
-        self.leaving: deque[tuple[Tensor, Sequence[Tensor], Any]] = deque()  # x, `own`, and when their copy is done
         self.stream: Any = None
 
     def send(self, block: int, x: Tensor, own: Sequence[Tensor] = ()) -> None:
@@ -44,29 +32,21 @@ class Host:
         if not x.is_cuda:
             self.inputs[block] = x.clone()
             return
-        self.settle(going_on([_size(old, its) for old, its, _ in self.leaving], _size(x, own)))
         if self.stream is None:
             self.stream = torch.cuda.Stream()
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
             for i, t in enumerate((x, *own)):
                 self._pinned(block, i, t).copy_(t, non_blocking=True)
-        self.leaving.append((x, own, self.stream.record_event()))
-
-    def settle(self, but: int = 0) -> None:
-        """Lets go of what was sent away, `but` for so many of the last blocks: what comes next waits for the copies."""
-        while len(self.leaving) > but:
-            _, own, copied = self.leaving.popleft()
-            torch.cuda.current_stream().wait_event(copied)
-            for t in own:
-                t.untyped_storage().resize_(0)
+                t.record_stream(self.stream)  # its memory is free for others when the copy is done, not before
+        for t in own:
+            t.untyped_storage().resize_(0)
 
     def fetch(self, block: int, like: Tensor, shape: torch.Size) -> Tensor:
         """The x of `send`; its `own` are whole again.  Orders the block before, too."""
         if not like.is_cuda:
             self.away.pop(block)
             return self.inputs.pop(block)
-        self.settle()
         if block not in self.coming:
             self._order(block, like, shape)
         torch.cuda.current_stream().wait_stream(self.stream)
@@ -79,7 +59,7 @@ class Host:
 
     def nbytes(self) -> int:
         """Bytes of pinned memory that are held."""
-        return sum(t.numel() for t in self.room.values())
+        return sum(t.numel() * t.element_size() for t in self.room.values())
 
     def _order(self, block: int, like: Tensor, shape: torch.Size) -> None:
         own = self.away[block]
@@ -93,22 +73,15 @@ class Host:
                 whole = torch.empty(0, dtype=t.dtype, device=t.device).set_(
                     t.untyped_storage(), t.storage_offset(), t.shape, t.stride()
                 )
-                whole.copy_(self._pinned(block, i, t), non_blocking=True)
+                whole.copy_(self.room[block, i], non_blocking=True)
         self.coming.add(block)
 
     def _pinned(self, block: int, place: int, t: Tensor) -> Tensor:
-        """The place on the host of a tensor like `t`."""
-        size = t.numel() * t.element_size()
         room = self.room.get((block, place))
-        if room is None or room.numel() < size:
-            del room
+        if room is None or room.shape != t.shape or room.dtype != t.dtype:
             self.room.pop((block, place), None)  # given back before the next is taken
-            room = self.room[block, place] = pinned(size)
-        return room[:size].view(t.dtype).view(t.shape)
-
-
-def _size(x: Tensor, own: Sequence[Tensor]) -> int:
-    return sum(t.numel() * t.element_size() for t in (x, *own))
+            room = self.room[block, place] = pinned(t.shape, t.dtype)
+        return room
 
 
 def host_room() -> int | None:
@@ -124,12 +97,13 @@ def host_room() -> int | None:
     return int(0.9 * min(found)) if found else None
 
 
-def pinned(size: int) -> Tensor:
-    """Bytes (size,) of pinned memory, as large as asked: PyTorch's own pinned tensors grow to the next power of two.
+def pinned(shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """An empty tensor in pinned memory, as large as it is: PyTorch's own pinned tensors grow to the next power of two.
 
     Raises RuntimeError where the system gives none.
     """
-    t = torch.empty(size, dtype=torch.uint8)
+    t = torch.empty(shape, dtype=dtype)
+    size = t.numel() * t.element_size()
     if not size:
         return t
     driver = torch.cuda.cudart()
