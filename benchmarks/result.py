@@ -23,9 +23,19 @@ def device_name() -> str:
     return f"{name}, {os.cpu_count()} cores"
 
 
-def _path(bench: str) -> Path:
+def where() -> dict[str, str]:
+    """What a row was measured on, and when."""
     kind = "gpu" if torch.cuda.is_available() else "cpu"
-    return Path(__file__).parent / "results" / f"{bench}-{kind}.json"
+    return {
+        "kind": kind,
+        "date": datetime.date.today().isoformat(),
+        "device": device_name(),
+        "torch": str(torch.__version__),
+    }
+
+
+def _path(bench: str, kind: str | None = None) -> Path:
+    return Path(__file__).parent / "results" / f"{bench}-{kind or where()['kind']}.json"
 
 
 def kept_rows(bench: str, keep: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
@@ -37,17 +47,15 @@ def kept_rows(bench: str, keep: Callable[[dict[str, Any]], bool]) -> list[dict[s
     return [{"date": document["date"]} | row for row in document["rows"] if keep(row)]
 
 
-def finish(bench: str, rows: list[dict[str, Any]], save: bool) -> None:
-    """Prints the JSON line and, with `save`, writes results/<bench>-<cpu or gpu>.json."""
-    document = {
-        "bench": bench,
-        "date": datetime.date.today().isoformat(),
-        "device": device_name(),
-        "torch": torch.__version__,
-        "rows": rows,
-    }
+def finish(bench: str, rows: list[dict[str, Any]], save: bool, on: dict[str, str] | None = None) -> None:
+    """Prints the JSON line and, with `save`, writes results/<bench>-<cpu or gpu>.json.
+
+    `on` is `where()` of the machine that measured, if it was not this one.
+    """
+    said = on or where()
+    document = {"bench": bench, **{key: said[key] for key in ("date", "device", "torch")}, "rows": rows}
     if save:
-        _path(bench).write_text(json.dumps(document, indent=1) + "\n")
+        _path(bench, said["kind"]).write_text(json.dumps(document, indent=1) + "\n")
     print(json.dumps(document))
 
 

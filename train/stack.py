@@ -6,6 +6,7 @@ Ranks may differ: each adapter has room for the largest, and what it does not us
 of a row of a comes through the column of b and the other way round.
 """
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from lora.adapter import Adapter, ByRow
 from lora.kernels.adamw import BLOCK8
+from lora.kernels.side import Rounded, Segments, round_into, segments
 from lora.layer import Adapted
 
 
@@ -22,7 +24,8 @@ class Stack:
 
     Attributes:
         w, grad: (k, n) float32; optimizers and the adapters' own parameters are views into them
-        lows: of each layer, (a (k, r, K), b (k, N, r), scales (k,)) with gradients that add up in `grad`
+        lows: of each layer, (a (k, r, K), b (k, N, r), scales (k,)) with gradients that add up in `grad`; after `round`
+            also the factors rounded
     """
 
     def __init__(self, layers: Sequence[Adapted], names: Sequence[str]) -> None:
@@ -30,34 +33,62 @@ class Stack:
         adapters: list[list[Adapter]] = [[layer.adapters[name] for name in names] for layer in layers]
         k, r = len(names), max(adapter.r for row in adapters for adapter in row)
         device = adapters[0][0].a.device
-        shapes = [((r, row[0].a.shape[1]), (row[0].b.shape[0], r)) for row in adapters]
-        n = sum(torch.Size(shape).numel() for pair in shapes for shape in pair)
-        self.n = n
-        n = -(-n // BLOCK8) * BLOCK8  # every row begins where a kernel may load widely
+        pairs = [((r, row[0].a.shape[1]), (row[0].b.shape[0], r)) for row in adapters]
+        shapes = [torch.Size(shape) for pair in pairs for shape in pair]  # a and b of a layer, as a solo run has them
+        sizes = [shape.numel() for shape in shapes]
+        self.n = sum(sizes)
+        n = -(-self.n // BLOCK8) * BLOCK8  # every row begins where a kernel may load widely
         self.w, self.grad = (torch.zeros(k, n, dtype=torch.float32, device=device) for _ in range(2))
-        self.lows: list[tuple[Tensor, Tensor, Tensor]] = []
+        self.shapes, self.starts = shapes, [0, *itertools.accumulate(sizes)][:-1]
         self.members: list[list[nn.Parameter]] = [[] for _ in names]  # of each adapter, factors with their room
         self.placed: tuple[Any, ...] | None = None
-        start = 0
-        for row, pair in zip(adapters, shapes, strict=True):
-            both: list[Any] = []
-            for which, shape in zip(("a", "b"), pair, strict=True):
-                part = slice(start, start + torch.Size(shape).numel())
-                start = part.stop
-                w, grad = (t[:, part].unflatten(1, shape) for t in (self.w, self.grad))
-                for i, adapter in enumerate(row):
-                    own: nn.Parameter = getattr(adapter, which)
-                    rows, columns = own.shape
-                    w[i, :rows, :columns].copy_(own.detach())
-                    own.data, own.grad = w[i, :rows, :columns], grad[i, :rows, :columns]
-                    whole = nn.Parameter(w[i])
-                    whole.grad = grad[i]
-                    self.members[i].append(whole)
-                leaf = w.detach().requires_grad_()
-                leaf.grad = grad
-                both.append(leaf)
-            scales = torch.tensor([adapter.scale for adapter in row], dtype=torch.float32, device=device)
-            self.lows.append((both[0], both[1], scales))
+        self.low: tuple[Tensor, Tensor, Segments] | None = (
+            None  # w rounded, as it is and times the scales; what is where
+        )
+        leaves = []
+        for j, (w, grad) in enumerate(zip(self._views(self.w), self._views(self.grad), strict=True)):
+            for i, adapter in enumerate(adapters[j // 2]):
+                own: nn.Parameter = adapter.b if j % 2 else adapter.a
+                rows, columns = own.shape
+                w[i, :rows, :columns].copy_(own.detach())
+                own.data, own.grad = w[i, :rows, :columns], grad[i, :rows, :columns]
+                whole = nn.Parameter(w[i])
+                whole.grad = grad[i]
+                self.members[i].append(whole)
+            leaf = w.detach().requires_grad_()
+            leaf.grad = grad
+            leaves.append(leaf)
+        scales = [[adapter.scale for adapter in row] for row in adapters]
+        if any(row != scales[0] for row in scales):
+            raise ValueError("an adapter of a stack has one scale in all its layers")
+        self.scales = torch.tensor(scales[0], dtype=torch.float32, device=device)  # (k,)
+        self.lows: list[tuple[Any, ...]] = [(a, b, self.scales) for a, b in zip(leaves[::2], leaves[1::2], strict=True)]
+
+    def _views(self, flat: Tensor, starts: Sequence[int] | None = None) -> list[Tensor]:
+        """The factors in a buffer (k, n): a (k, r, K) and b (k, N, r) of every layer in turn."""
+        places = zip(starts or self.starts, self.shapes, strict=True)
+        return [flat[:, start : start + shape.numel()].unflatten(1, shape) for start, shape in places]
+
+    @torch.no_grad()
+    def round(self, dtype: torch.dtype) -> None:
+        """Gives `lows` the factors as they are now, rounded, for the blocks that take them: call it after each step."""
+        if self.low is None:
+            # all a, then all b: those of layers that read one input lie side by side, and so are one tensor for fold.py
+            sizes = [shape.numel() for shape in self.shapes]
+            ends = list(itertools.accumulate(sizes[::2] + sizes[1::2]))
+            firsts = [end - size for end, size in zip(ends, sizes[::2] + sizes[1::2], strict=True)]
+            L = len(self.layers)
+            starts = [start for pair in zip(firsts[:L], firsts[L:], strict=True) for start in pair]
+            plain, scaled = (torch.zeros(self.w.shape, dtype=dtype, device=self.w.device) for _ in range(2))
+            self.low = plain, scaled, segments(self.starts, starts, sizes, self.w.device)
+            as_is, times = self._views(plain, starts), self._views(scaled, starts)
+            self.lows = [
+                (*low[:3], Rounded(as_is[2 * j], as_is[2 * j + 1], times[2 * j], times[2 * j + 1]))
+                for j, low in enumerate(self.lows)
+            ]
+            self.placed = None
+        plain, scaled, where = self.low
+        round_into(self.w, self.scales, where, plain, scaled)
 
     def buffers(self, i: int) -> tuple[Tensor, Tensor]:
         """The memory (n,) of adapter i's factors, and of their gradients."""
