@@ -21,6 +21,7 @@ from torch import Tensor
 
 from lora.kernels._triton import tl, triton
 from lora.kernels.dispatch import use_triton
+from lora.kernels.op import op
 from lora.kernels.swiglu import swiglu_backward, swiglu_forward, tile
 
 MAX_RANK = 64  # of a factor whose sum is made in the pass: each takes a tile of registers
@@ -184,7 +185,7 @@ def _backward_kernel(
 
 
 # ---- launch ----
-@torch.library.custom_op("lora::gelu_gate", mutates_args=("h",))
+@op("lora::gelu_gate", mutates=("h",))
 def _forward_op(g: Tensor, u: Tensor, h: Tensor) -> None:
     M, F = g.shape
     BLOCK, num_warps = tile(F)
@@ -195,12 +196,7 @@ def _forward_op(g: Tensor, u: Tensor, h: Tensor) -> None:
         )
 
 
-@_forward_op.register_fake
-def _(g: Tensor, u: Tensor, h: Tensor) -> None:
-    return None
-
-
-@torch.library.custom_op("lora::gate_backward", mutates_args=("dh", "g", "u"))
+@op("lora::gate_backward", mutates=("dh", "g", "u"))
 def _backward_op(
     dh: Tensor,
     g: Tensor,
@@ -278,6 +274,7 @@ def gate_backward(
                 f"{name} is {tuple(t.shape)}; beside {g.shape[0]} rows it is ({g.shape[0]}, r), or k runs of them "
                 f"(k, {g.shape[0]} / k, r) as all are, r at most {MAX_RANK}"
             )
+    made: tuple[Tensor, ...]
     if use_triton(dh, g, u, *there) and g.numel():
         flat = (t if t is None else _rows(t) for t in factors)
         made = _backward_op(dh, g, u, *flat, gelu, keep_h, runs)

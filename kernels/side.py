@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lora.kernels._triton import tl, triton
 from lora.kernels.dispatch import use_triton
+from lora.kernels.op import op
 
 
 class Rounded(NamedTuple):
@@ -165,17 +166,12 @@ def _round_kernel(
 
 
 # ---- launch ----
-@torch.library.custom_op("lora::round_into", mutates_args=("plain", "scaled"))
+@op("lora::round_into", mutates=("plain", "scaled"))
 def _round_op(w: Tensor, scales: Tensor, table: Tensor, plain: Tensor, scaled: Tensor) -> None:
     with torch.cuda.device_of(w):  # Triton launches on the current device, not on the tensors'
         _round_kernel[(table.shape[0], w.shape[0])](
             w, scales, table, plain, scaled, w.stride(0), plain.stride(0), BLOCK=PIECE, num_warps=4
         )
-
-
-@_round_op.register_fake
-def _(w: Tensor, scales: Tensor, table: Tensor, plain: Tensor, scaled: Tensor) -> None:
-    return None
 
 
 def round_into(w: Tensor, scales: Tensor, where: Segments, plain: Tensor, scaled: Tensor) -> None:
@@ -192,7 +188,7 @@ def blocks(room: int) -> tuple[int, int]:
     return BLOCK, max(1, 2048 // BLOCK)
 
 
-@torch.library.custom_op("lora::spread", mutates_args=("out",))
+@op("lora::spread", mutates=("out",))
 def _spread_op(out: Tensor, b: Tensor | None, at: int, R: int, k: int, bias: Tensor | None) -> None:
     N, room = out.shape
     BLOCK, ROWS = blocks(room)
@@ -202,11 +198,6 @@ def _spread_op(out: Tensor, b: Tensor | None, at: int, R: int, k: int, bias: Ten
             out, out if b is None else b, out if bias is None else bias, N, room, at, max(1, R), r, k, out.stride(0),
             stride, BIAS=bias is not None, ROWS=ROWS, BLOCK=BLOCK, num_warps=4,
         )  # fmt: skip
-
-
-@_spread_op.register_fake
-def _(out: Tensor, b: Tensor | None, at: int, R: int, k: int, bias: Tensor | None) -> None:
-    return None
 
 
 def spread(out: Tensor, b: Tensor | None, at: int, R: int, k: int, bias: Tensor | None = None) -> None:
@@ -222,7 +213,7 @@ def spread(out: Tensor, b: Tensor | None, at: int, R: int, k: int, bias: Tensor 
         _spread_ref(out, b, at, R, k, bias)
 
 
-@torch.library.custom_op("lora::diagonal", mutates_args=("out",))
+@op("lora::diagonal", mutates=("out",))
 def _diagonal_op(out: Tensor, t: Tensor, k: int, ones: bool) -> None:
     M, room = out.shape
     BLOCK, ROWS = blocks(room)
@@ -232,11 +223,6 @@ def _diagonal_op(out: Tensor, t: Tensor, k: int, ones: bool) -> None:
             out, t, M, M // k, room, R, k * R, out.stride(0), ONES=ones, ROWS=ROWS, BLOCK=BLOCK,
             num_warps=4,
         )  # fmt: skip
-
-
-@_diagonal_op.register_fake
-def _(out: Tensor, t: Tensor, k: int, ones: bool) -> None:
-    return None
 
 
 def diagonal(out: Tensor, t: Tensor, ones: bool = False) -> None:
