@@ -263,15 +263,18 @@ def draw(path: Path, cases: dict[str, dict[str, Any]], rates: dict[str, dict[flo
         for i, c in enumerate(runs):
             left.plot([5 * k + 3 for k in range(len(c["losses"]))], c["losses"], color=color, alpha=0.25, lw=0.8)
             left.plot(*zip(*c["evals"], strict=True), color=color, marker="o", ms=3, label=method if not i else None)
-    for i, m in enumerate(cases.get("long", {}).get("members", [])):
-        losses = thin(m["losses"], 8)  # of 5 steps each
+    ranks = cases.get("long", {}).get("members", [])
+    every = "long" if ranks else "default rate"
+    ranks = ranks or [cases[f"rank-{r}"]["members"][0] for r in (1, 4, 16, 64) if f"rank-{r}" in cases]
+    for i, m in enumerate(sorted(ranks, key=lambda m: m["r"])):
+        losses = thin(m["losses"], 4)  # of 5 steps each
         color = f"C{i + 3}"
-        middle.plot([40 * k + 20 for k in range(len(losses))], losses, color=color, label=f"r = {m['r']}")
+        middle.plot([20 * k + 10 for k in range(len(losses))], losses, color=color, label=f"r = {m['r']}")
         middle.axhline(m["eval_loss"] or math.nan, color=color, ls=":", lw=0.8)
     for method, points in rates.items():
         right.plot(*zip(*sorted(points.items()), strict=True), marker="o", label=method)
     left.set(title="held-out loss (dots), training loss (thin)", xlabel="step", ylabel="nats a token")
-    middle.set(title="ranks, 2.5 x the default rate: training, held-out at the end (dotted)", xlabel="step")
+    middle.set(title=f"ranks ({every}): training, held-out at the end (dotted)", xlabel="step")
     right.set(title="held-out loss by learning rate", xlabel="learning rate", xscale="log")
     evals = [v for c in cases.values() for _, v in c.get("evals", [])]
     for axis in (left, middle):

@@ -192,15 +192,14 @@ def spread_b(group: Group, out: Tensor, scaled: bool) -> None:
 # ---- adapters side by side ----
 def _stack_parts(group: Group, dtype: torch.dtype, scaled: bool) -> Tensor:
     """Every a (k, Σ r, K), times the scales if `scaled`."""
-    found = [rounded(low, dtype) for low in group.lows if low]
-    return joined([x.sa if scaled else x.a for x in found])
+    return joined([rounded(low, dtype, "sa" if scaled else "a") for low in group.lows if low])
 
 
 def _spread_parts(group: Group, out: Tensor) -> None:
     """Every b of every part, the biases behind them, into `out` (Σ N, room): adapter by adapter, zeros elsewhere."""
     R, row, at = sum(group.ranks), 0, 0
     for n, r, low, bias in zip(group.sizes, group.ranks, group.lows, group.biases, strict=True):
-        b = rounded(low, out.dtype).b if low else None
+        b = rounded(low, out.dtype, "b") if low else None
         spread(out[row : row + n], b, at, R, group.parts, None if bias is None else bias.detach())
         row, at = row + n, at + r
 
@@ -339,7 +338,7 @@ def _backward_parts(group: Group, dy: Tensor, t: Tensor) -> Tensor:
     parts = zip(dy.split(group.sizes, dim=1), u.split(group.ranks, dim=2), group.lows, strict=True)
     for part, out, low in parts:
         if low:
-            torch.bmm(_runs(group, part), rounded(low, dy.dtype).sb, out=out)
+            torch.bmm(_runs(group, part), rounded(low, dy.dtype, "sb"), out=out)
     return u
 
 

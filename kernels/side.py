@@ -2,7 +2,6 @@
 
     spread      (N, room): b_p of the p-th adapter in its R columns, from a layer's place on; the bias behind all
     diagonal    (M, room): rows of the p-th adapter's run hold its T or U in its R columns, and 0 in those of the others
-    round_into  (k, n): all factors of all layers, rounded, in another order, as they are and times the scales
 
 One launch each, where the operations of torch take three: a step of 16 layers has 350 of them, and a launch of a small
 one costs 3 us whatever it copies.  Bytes that must move: what is written, and the factors once.
@@ -28,12 +27,12 @@ class Rounded(NamedTuple):
     sb: Tensor
 
 
-def rounded(low: Any, dtype: torch.dtype) -> Rounded:
-    """The rounded factors of an update (a, b, s) or (a, b, s, Rounded)."""
-    if len(low) > 3 and low[3] is not None and low[3].a.dtype == dtype:
-        return low[3]
-    a, b, s = low[0].detach(), low[1].detach(), low[2][:, None, None]
-    return Rounded(a.to(dtype), b.to(dtype), (a * s).to(dtype), (b * s).to(dtype))
+def rounded(low: Any, dtype: torch.dtype, name: str) -> Tensor:
+    """The rounded factor `name` of an update (a, b, s), or (a, b, s, Rounded), which has it."""
+    if len(low) > 3 and low[3].a.dtype == dtype:
+        return getattr(low[3], name)
+    factor = low[name.endswith("b")].detach()
+    return (factor if len(name) == 1 else factor * low[2][:, None, None]).to(dtype)
 
 
 def joined(parts: Sequence[Tensor]) -> Tensor:
@@ -46,31 +45,7 @@ def joined(parts: Sequence[Tensor]) -> Tensor:
     return first.as_strided((first.shape[0], n, first.shape[2]), first.stride())
 
 
-class Segments(NamedTuple):
-    """Which runs of a row move where: of at most PIECE values each, so that one is a program's."""
-
-    spans: tuple[tuple[int, int, int], ...]  # from, to, values
-    table: Tensor  # (pieces, 3) int64, the same cut in pieces
-
-
-PIECE = 1024
-
-
-def segments(starts: Sequence[int], to: Sequence[int], sizes: Sequence[int], device: torch.device) -> Segments:
-    """Runs of sizes[i] values that begin at starts[i] and go to to[i]."""
-    spans = tuple(zip(starts, to, sizes, strict=True))
-    pieces = [(s + i, t + i, min(PIECE, n - i)) for s, t, n in spans for i in range(0, n, PIECE)]
-    return Segments(spans, torch.tensor(pieces, dtype=torch.int64).to(device))
-
-
 # ---- reference ----
-def _round_ref(w: Tensor, scales: Tensor, where: Segments, plain: Tensor, scaled: Tensor) -> None:
-    for start, to, n in where.spans:
-        part = w[:, start : start + n]
-        plain[:, to : to + n].copy_(part)
-        scaled[:, to : to + n].copy_(part * scales[:, None])
-
-
 def _spread_ref(out: Tensor, b: Tensor | None, at: int, R: int, k: int, bias: Tensor | None) -> None:
     out.zero_()
     if b is not None:
@@ -141,47 +116,7 @@ def _diagonal_kernel(
     tl.store(out_ptr + row * out_stride_m + col, value.to(out_ptr.dtype.element_ty), mask=(row < M) & (col < room))
 
 
-@triton.jit
-def _round_kernel(
-    w_ptr,  # (k, n) f32
-    scales_ptr,  # (k,) f32
-    table_ptr,  # (pieces, 3) int64: from, to, values
-    plain_ptr,  # (k, n), as scaled
-    scaled_ptr,
-    w_stride_k,
-    out_stride_k,
-    BLOCK: tl.constexpr,
-):
-    piece, part = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    start, to, n = (
-        tl.load(table_ptr + 3 * piece),
-        tl.load(table_ptr + 3 * piece + 1),
-        tl.load(table_ptr + 3 * piece + 2),
-    )
-    i = tl.arange(0, BLOCK)
-    w = tl.load(w_ptr + part * w_stride_k + start + i, mask=i < n, other=0.0)
-    out = part * out_stride_k + to + i
-    tl.store(plain_ptr + out, w.to(plain_ptr.dtype.element_ty), mask=i < n)
-    tl.store(scaled_ptr + out, (w * tl.load(scales_ptr + part)).to(scaled_ptr.dtype.element_ty), mask=i < n)
-
-
 # ---- launch ----
-@op("lora::round_into", mutates=("plain", "scaled"))
-def _round_op(w: Tensor, scales: Tensor, table: Tensor, plain: Tensor, scaled: Tensor) -> None:
-    with torch.cuda.device_of(w):  # Triton launches on the current device, not on the tensors'
-        _round_kernel[(table.shape[0], w.shape[0])](
-            w, scales, table, plain, scaled, w.stride(0), plain.stride(0), BLOCK=PIECE, num_warps=4
-        )
-
-
-def round_into(w: Tensor, scales: Tensor, where: Segments, plain: Tensor, scaled: Tensor) -> None:
-    """The values of w (k, n) float32 that `where` names into `plain`, and times scales (k,) into `scaled`, (k, n')."""
-    if use_triton(w, scales, where.table, plain, scaled):
-        _round_op(w, scales, where.table, plain, scaled)
-    else:
-        _round_ref(w, scales, where, plain, scaled)
-
-
 def blocks(room: int) -> tuple[int, int]:
     """Columns and rows of a program that writes rows of `room` columns."""
     BLOCK = triton.next_power_of_2(room)

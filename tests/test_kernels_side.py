@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from lora.kernels import dispatch
-from lora.kernels.side import PIECE, Rounded, diagonal, joined, round_into, rounded, segments, spread
+from lora.kernels.side import Rounded, diagonal, joined, rounded, spread
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 KERNEL = torch.cuda.is_available() or dispatch.INTERPRETED
@@ -65,21 +65,6 @@ def test_a_run_s_rows_stand_in_its_adapter_s_columns(
     assert whole[:, :3].isnan().all() and whole[:, 3 + room :].isnan().all()
 
 
-@pytest.mark.parametrize("wish", WISHES)
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_factors_are_rounded_once_for_all(dtype: torch.dtype, wish: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LORA_KERNELS", wish)
-    sizes, starts, to = [PIECE + 5, 3, PIECE], [0, PIECE + 9, PIECE + 12], [3, 0, PIECE + 8]
-    w, scales = torch.randn(3, 2 * PIECE + 20).to(DEVICE), torch.tensor([2.0, 0.3, 1.0]).to(DEVICE)
-    plain, scaled = (torch.full((3, 2 * PIECE + 10), torch.nan, dtype=dtype, device=DEVICE) for _ in range(2))
-    round_into(w, scales, segments(starts, to, sizes, w.device), plain, scaled)
-    for start, place, n in zip(starts, to, sizes, strict=True):
-        part = w[:, start : start + n]
-        assert torch.equal(plain[:, place : place + n], part.to(dtype))
-        assert torch.equal(scaled[:, place : place + n], (part * scales[:, None]).to(dtype))
-    assert plain[:, 2 * PIECE + 8 :].isnan().all() and not plain[:, : 2 * PIECE + 8].isnan().any()
-
-
 def test_neighbours_in_memory_are_one_tensor_and_others_are_copied() -> None:
     big = torch.randn(2, 5 + 3 * 4 + 2 * 4)
     first, second = big[:, 5:17].unflatten(1, (3, 4)), big[:, 17:].unflatten(1, (2, 4))
@@ -91,9 +76,10 @@ def test_neighbours_in_memory_are_one_tensor_and_others_are_copied() -> None:
 
 def test_factors_that_nobody_rounded_are_rounded_here() -> None:
     a, b, s = torch.randn(2, 3, 5), torch.randn(2, 7, 3), torch.tensor([2.0, 0.3])
-    found = rounded((a, b, s), torch.bfloat16)
-    assert torch.equal(found.a, a.bfloat16()) and torch.equal(found.b, b.bfloat16())
-    assert torch.equal(found.sa[1], (a[1] * 0.3).bfloat16()) and torch.equal(found.sb[0], (b[0] * 2).bfloat16())
-    ready = Rounded(*(t.half() for t in (a, b, a, b)))
-    assert rounded((a, b, s, ready), torch.float16) is ready
-    assert torch.equal(rounded((a, b, s, ready), torch.float32).a, a)
+    low, half = (a, b, s), torch.bfloat16
+    assert torch.equal(rounded(low, half, "a"), a.bfloat16()) and torch.equal(rounded(low, half, "b"), b.bfloat16())
+    assert torch.equal(rounded(low, half, "sa")[1], (a[1] * 0.3).bfloat16())
+    assert torch.equal(rounded(low, half, "sb")[0], (b[0] * 2).bfloat16())
+    ready = Rounded(*(t.half() for t in (a + 1, b + 1, a + 2, b + 2)))
+    assert all(rounded((*low, ready), torch.float16, name) is getattr(ready, name) for name in Rounded._fields)
+    assert torch.equal(rounded((*low, ready), torch.float32, "a"), a)

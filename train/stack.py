@@ -15,12 +15,15 @@ from torch import Tensor, nn
 
 from lora.adapter import Adapter, ByRow
 from lora.kernels.adamw import BLOCK8
-from lora.kernels.side import Rounded, Segments, round_into, segments
+from lora.kernels.side import Rounded
 from lora.layer import Adapted
 
 
 class Stack:
     """Takes over the storage of the adapters `names` of `layers`, in which all of them have one.
+
+    In memory a and b of a layer follow each other, as in a solo run, on which 8-bit moments depend: their blocks go
+    over borders.  With `joined` come all a, then all b: those of layers that read one input are then one tensor.
 
     Attributes:
         w, grad: (k, n) float32; optimizers and the adapters' own parameters are views into them
@@ -28,67 +31,62 @@ class Stack:
             also the factors rounded
     """
 
-    def __init__(self, layers: Sequence[Adapted], names: Sequence[str]) -> None:
+    def __init__(self, layers: Sequence[Adapted], names: Sequence[str], joined: bool = True) -> None:
         self.layers, self.names = list(layers), list(names)
         adapters: list[list[Adapter]] = [[layer.adapters[name] for name in names] for layer in layers]
         k, r = len(names), max(adapter.r for row in adapters for adapter in row)
         device = adapters[0][0].a.device
         pairs = [((r, row[0].a.shape[1]), (row[0].b.shape[0], r)) for row in adapters]
-        shapes = [torch.Size(shape) for pair in pairs for shape in pair]  # a and b of a layer, as a solo run has them
-        sizes = [shape.numel() for shape in shapes]
-        self.n = sum(sizes)
+        L = len(layers)
+        order = [(j, which) for j in range(L) for which in range(2)]
+        if joined:
+            order.sort(key=lambda place: place[1])
+        shapes = [torch.Size(pairs[j][which]) for j, which in order]
+        ends = list(itertools.accumulate(shape.numel() for shape in shapes))
+        self.n = ends[-1]
         n = -(-self.n // BLOCK8) * BLOCK8  # every row begins where a kernel may load widely
         self.w, self.grad = (torch.zeros(k, n, dtype=torch.float32, device=device) for _ in range(2))
-        self.shapes, self.starts = shapes, [0, *itertools.accumulate(sizes)][:-1]
+        self.places = [(*place, end, shape) for place, end, shape in zip(order, ends, shapes, strict=True)]
         self.members: list[list[nn.Parameter]] = [[] for _ in names]  # of each adapter, factors with their room
         self.placed: tuple[Any, ...] | None = None
-        self.low: tuple[Tensor, Tensor, Segments] | None = (
-            None  # w rounded, as it is and times the scales; what is where
-        )
-        leaves = []
-        for j, (w, grad) in enumerate(zip(self._views(self.w), self._views(self.grad), strict=True)):
-            for i, adapter in enumerate(adapters[j // 2]):
-                own: nn.Parameter = adapter.b if j % 2 else adapter.a
+        self.low: Tensor | None = None  # (2, k, n): w rounded, as it is and times the scales
+        leaves: dict[tuple[int, int], Tensor] = {}
+        grads = self._views(self.grad)
+        for (j, which), w in self._views(self.w).items():
+            grad = grads[j, which]
+            for i, adapter in enumerate(adapters[j]):
+                own: nn.Parameter = adapter.b if which else adapter.a
                 rows, columns = own.shape
                 w[i, :rows, :columns].copy_(own.detach())
                 own.data, own.grad = w[i, :rows, :columns], grad[i, :rows, :columns]
                 whole = nn.Parameter(w[i])
                 whole.grad = grad[i]
                 self.members[i].append(whole)
-            leaf = w.detach().requires_grad_()
-            leaf.grad = grad
-            leaves.append(leaf)
+            leaves[j, which] = w.detach().requires_grad_()
+            leaves[j, which].grad = grad
         scales = [[adapter.scale for adapter in row] for row in adapters]
         if any(row != scales[0] for row in scales):
             raise ValueError("an adapter of a stack has one scale in all its layers")
         self.scales = torch.tensor(scales[0], dtype=torch.float32, device=device)  # (k,)
-        self.lows: list[tuple[Any, ...]] = [(a, b, self.scales) for a, b in zip(leaves[::2], leaves[1::2], strict=True)]
+        self.lows: list[tuple[Any, ...]] = [(leaves[j, 0], leaves[j, 1], self.scales) for j in range(L)]
 
-    def _views(self, flat: Tensor, starts: Sequence[int] | None = None) -> list[Tensor]:
-        """The factors in a buffer (k, n): a (k, r, K) and b (k, N, r) of every layer in turn."""
-        places = zip(starts or self.starts, self.shapes, strict=True)
-        return [flat[:, start : start + shape.numel()].unflatten(1, shape) for start, shape in places]
+    def _views(self, flat: Tensor) -> dict[tuple[int, int], Tensor]:
+        """The factors in a buffer (k, n), by layer and which: a (k, r, K) is 0, b (k, N, r) is 1."""
+        return {(j, which): flat[:, end - x.numel() : end].unflatten(1, x) for j, which, end, x in self.places}
 
     @torch.no_grad()
     def round(self, dtype: torch.dtype) -> None:
         """Gives `lows` the factors as they are now, rounded, for the blocks that take them: call it after each step."""
         if self.low is None:
-            # all a, then all b: those of layers that read one input lie side by side, and so are one tensor for fold.py
-            sizes = [shape.numel() for shape in self.shapes]
-            ends = list(itertools.accumulate(sizes[::2] + sizes[1::2]))
-            firsts = [end - size for end, size in zip(ends, sizes[::2] + sizes[1::2], strict=True)]
-            L = len(self.layers)
-            starts = [start for pair in zip(firsts[:L], firsts[L:], strict=True) for start in pair]
-            plain, scaled = (torch.zeros(self.w.shape, dtype=dtype, device=self.w.device) for _ in range(2))
-            self.low = plain, scaled, segments(self.starts, starts, sizes, self.w.device)
-            as_is, times = self._views(plain, starts), self._views(scaled, starts)
+            self.low = torch.zeros(2, *self.w.shape, dtype=dtype, device=self.w.device)
+            plain, scaled = self._views(self.low[0]), self._views(self.low[1])
             self.lows = [
-                (*low[:3], Rounded(as_is[2 * j], as_is[2 * j + 1], times[2 * j], times[2 * j + 1]))
+                (*low[:3], Rounded(plain[j, 0], plain[j, 1], scaled[j, 0], scaled[j, 1]))
                 for j, low in enumerate(self.lows)
             ]
             self.placed = None
-        plain, scaled, where = self.low
-        round_into(self.w, self.scales, where, plain, scaled)
+        self.low[0].copy_(self.w)
+        torch.mul(self.w, self.scales[:, None], out=self.low[1])
 
     def buffers(self, i: int) -> tuple[Tensor, Tensor]:
         """The memory (n,) of adapter i's factors, and of their gradients."""

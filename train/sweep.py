@@ -128,7 +128,7 @@ def _optimizers(
         raise ValueError("a sweep trains adapters of linear layers only; leave embeddings out of targets")
     for layer in layers:
         layer.adapters.requires_grad_(True)
-    stack = Stack(layers, [m.name for m in members])
+    stack = Stack(layers, [m.name for m in members], joined=config.optim_bits == 32)
     made = [
         AdamW(
             stack.members[i],
