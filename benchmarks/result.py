@@ -6,6 +6,7 @@ import os
 import platform
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,9 +26,8 @@ def device_name() -> str:
 
 def where() -> dict[str, str]:
     """What a row was measured on, and when."""
-    kind = "gpu" if torch.cuda.is_available() else "cpu"
     return {
-        "kind": kind,
+        "kind": "gpu" if torch.cuda.is_available() else "cpu",
         "date": datetime.date.today().isoformat(),
         "device": device_name(),
         "torch": str(torch.__version__),
@@ -52,11 +52,20 @@ def finish(bench: str, rows: list[dict[str, Any]], save: bool, on: dict[str, str
 
     `on` is `where()` of the machine that measured, if it was not this one.
     """
-    said = on or where()
-    document = {"bench": bench, **{key: said[key] for key in ("date", "device", "torch")}, "rows": rows}
+    on = on or where()
     if save:
-        _path(bench, said["kind"]).write_text(json.dumps(document, indent=1) + "\n")
-    print(json.dumps(document))
+        keep(bench, rows, on)
+    print(json.dumps(_document(bench, rows, on)))
+
+
+def keep(bench: str, rows: list[dict[str, Any]], on: dict[str, str] | None = None) -> None:
+    """Writes results/<bench>-<cpu or gpu>.json: a long run does so after each part, and a cut-off loses one part."""
+    on = on or where()
+    _path(bench, on["kind"]).write_text(json.dumps(_document(bench, rows, on), indent=1) + "\n")
+
+
+def _document(bench: str, rows: list[dict[str, Any]], on: dict[str, str]) -> dict[str, Any]:
+    return {"bench": bench, **{key: on[key] for key in ("date", "device", "torch")}, "rows": rows}
 
 
 def resident_peak() -> int:
@@ -68,9 +77,15 @@ def resident_peak() -> int:
 def peer_rows(script: str, who: str, *words: str) -> list[dict[str, Any]]:
     """What a rival's script beside this file prints behind PEER, from a process of its own; a failure is a row too."""
     command = [sys.executable, str(Path(__file__).with_name(script)), who, *words]
-    told = subprocess.run(command, capture_output=True, text=True)
-    found = [json.loads(x.removeprefix("PEER")) for x in told.stdout.splitlines() if x.startswith("PEER")]
-    if told.returncode:
-        found.append({"who": who, "error": told.stderr.strip().splitlines()[-1][:300]})
-    print(*found, sep="\n", flush=True)
-    return found
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryFile("w+") as errors:
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True) as child:
+            for line in child.stdout or ():
+                if line.startswith("PEER"):
+                    rows.append(json.loads(line.removeprefix("PEER")))
+                    print(rows[-1], flush=True)
+        if child.returncode:
+            errors.seek(0)
+            rows.append({"who": who, "error": ([""] + errors.read().strip().splitlines())[-1][:300]})
+            print(rows[-1], flush=True)
+    return rows
