@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lora.kernels._triton import tl, triton
 from lora.kernels.dispatch import can_overlap, use_triton
+from lora.kernels.op import op
 from lora.kernels.rope import turn_ref
 
 PROGRAMS = 132  # what fills an H100
@@ -207,7 +208,7 @@ def attend(
     return _attend(q, k, v, keys, values, at, start, cos, sin, window, work, early)
 
 
-@torch.library.custom_op("lora::attend", mutates_args=("keys", "values", "work"))
+@op("lora::attend", mutates=("keys", "values", "work"))
 def _attend(
     q: Tensor,
     k: Tensor,

@@ -9,9 +9,7 @@ from torch import Tensor
 
 from lora.kernels._triton import tl, triton
 
-# Bytes of shared memory of a kernel.  Static memory ends at 48 KB, which Triton does not raise.
-SUMS = 2 * 16 * 544  # two turns of 16 warps' sums, rows padded
-PAIRS = 256 * 16 * 4  # for each byte of codes its two values, once for every two lanes
+PAIRS = 256 * 16 * 4  # bytes of shared memory: for each byte of codes its two values, once for every two lanes
 
 
 def permute_table(code: Tensor) -> Tensor:
@@ -29,19 +27,6 @@ def permute_table(code: Tensor) -> Tensor:
     table = torch.stack(rows)
     table = torch.where(table >= 2**31, table - 2**32, table).to(torch.int32)
     return table[:, :, None].expand(2, 8, 32).contiguous()
-
-
-@triton.jit
-def load8(p, have):
-    """8 bytes of codes at address p as two words, anything where `have` is 0; read once, so left out of the L1."""
-    return tl.inline_asm_elementwise(
-        "{ .reg .pred p; setp.ne.b32 p, $3, 0; @p ld.global.nc.L1::no_allocate.L2::128B.v2.b32 {$0, $1}, [$2]; }",
-        "=r,=r,l,r",
-        [p, have],
-        dtype=(tl.int32, tl.int32),
-        is_pure=False,
-        pack=1,
-    )
 
 
 @triton.jit
@@ -93,17 +78,62 @@ def sum_parts(value, PARTS: tl.constexpr):
 
 @triton.jit
 def shared(like):
-    """Addresses of shared memory, the same in every thread, once a kernel: PAIRS bytes, SUMS bytes, two flags."""
+    """Addresses of shared memory, the same in every thread, once a kernel: PAIRS bytes, two flags, Triton's own."""
     return tl.inline_asm_elementwise(
-        ".shared .align 128 .b8 lora_pairs[16384]; .shared .align 128 .b8 lora_sums[17408]; "
-        ".shared .align 8 .b64 lora_flags[2]; "
-        "mov.u32 $0, lora_pairs; mov.u32 $1, lora_sums; mov.u32 $2, lora_flags; // $3",
+        ".shared .align 128 .b8 lora_pairs[16384]; .shared .align 8 .b64 lora_flags[2]; "
+        "mov.u32 $0, lora_pairs; mov.u32 $1, lora_flags; mov.u32 $2, global_smem; // $3",
         "=r,=r,=r,r",
         [like],
         dtype=(tl.int32, tl.int32, tl.int32),
         is_pure=False,
         pack=1,
     )
+
+
+@triton.jit
+def copy16(to, p, have):
+    """Sends for 16 bytes at address p, to address `to` of shared memory; not where `have` is 0."""
+    return tl.inline_asm_elementwise(
+        "{ .reg .pred p; setp.ne.b32 p, $3, 0; @p cp.async.cg.shared.global.L2::128B [$1], [$2], 16; mov.b32 $0, 0; }",
+        "=r,r,l,r",
+        [to, p, have],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
+def sent(like):
+    """Ends a group of copies."""
+    return tl.inline_asm_elementwise(
+        "cp.async.commit_group; mov.b32 $0, 0; // $1", "=r,r", [like], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.jit
+def arrived(like, later: tl.constexpr):
+    """All groups of copies but the last `later`, 0 to 3, of all lanes of this warp; and all lanes are here."""
+    if later == 0:
+        return tl.inline_asm_elementwise(
+            "cp.async.wait_group 0; bar.warp.sync 0xffffffff; mov.b32 $0, 0; // $1",
+            "=r,r", [like], dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+    elif later == 1:
+        return tl.inline_asm_elementwise(
+            "cp.async.wait_group 1; bar.warp.sync 0xffffffff; mov.b32 $0, 0; // $1",
+            "=r,r", [like], dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+    elif later == 2:
+        return tl.inline_asm_elementwise(
+            "cp.async.wait_group 2; bar.warp.sync 0xffffffff; mov.b32 $0, 0; // $1",
+            "=r,r", [like], dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+    else:
+        return tl.inline_asm_elementwise(
+            "cp.async.wait_group 3; bar.warp.sync 0xffffffff; mov.b32 $0, 0; // $1",
+            "=r,r", [like], dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -193,6 +223,14 @@ def put4(at, a, b, c, d):
 def get(at):
     """A float32 from address `at` of shared memory."""
     return tl.inline_asm_elementwise("ld.shared.f32 $0, [$1];", "=f,r", [at], dtype=tl.float32, is_pure=False, pack=1)
+
+
+@triton.jit
+def get8(at):
+    """Two words from address `at` of shared memory."""
+    return tl.inline_asm_elementwise(
+        "ld.shared.v2.b32 {$0, $1}, [$2];", "=r,=r,r", [at], dtype=(tl.int32, tl.int32), is_pure=False, pack=1
+    )
 
 
 @triton.jit
