@@ -7,7 +7,7 @@ One node in autograd's graph instead of a dozen, and operations that write where
 operation costs some microseconds however small, and every pass over memory costs time.  Kept for the backward: x, q,
 k, v, the attention's output, s, g, u, silu(g) and the thin T of the updates; with keep "input", as recompute=True
 asks, x alone.  Norms' outputs are not: da takes them apart (kernels/beside.py).  The last blocks' weights are decoded
-once and stay, 512 MiB in all, until a forward without a gradient: at 64 tokens decoding is a sixth of a small model's
+once and stay, 384 MiB in all, until a forward without a gradient: at 64 tokens decoding is a sixth of a small model's
 step, and a step's peak is what it is whether they stay from its forward to its backward or from step to step.
 Source: the order of operations is ours; the formulas are those of llama.py and of the kernels.
 """
@@ -29,7 +29,7 @@ from lora.models.budget import Keeping
 from lora.models.documents import Documents
 from lora.models.fused import factors, fusable
 
-KEPT_WEIGHTS = 2**29  # bytes of decoded weights that stay
+KEPT_WEIGHTS = 384 * 2**20  # bytes of decoded weights that stay; with 405 MiB, all of SmolLM2, a step outgrew its peer
 Tables = tuple[Tensor, Tensor]  # cos and sin, (B or 1, 1, T, D / 2)
 Parts = tuple[tuple[slice, slice], ...]  # rows and tokens that attend to each other, together all
 
