@@ -6,6 +6,7 @@ import os
 import platform
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,18 @@ def device_name() -> str:
     return f"{name}, {os.cpu_count()} cores"
 
 
-def _path(bench: str) -> Path:
-    kind = "gpu" if torch.cuda.is_available() else "cpu"
-    return Path(__file__).parent / "results" / f"{bench}-{kind}.json"
+def where() -> dict[str, str]:
+    """What a row was measured on, and when."""
+    return {
+        "kind": "gpu" if torch.cuda.is_available() else "cpu",
+        "date": datetime.date.today().isoformat(),
+        "device": device_name(),
+        "torch": str(torch.__version__),
+    }
+
+
+def _path(bench: str, kind: str | None = None) -> Path:
+    return Path(__file__).parent / "results" / f"{bench}-{kind or where()['kind']}.json"
 
 
 def kept_rows(bench: str, keep: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
@@ -37,18 +47,25 @@ def kept_rows(bench: str, keep: Callable[[dict[str, Any]], bool]) -> list[dict[s
     return [{"date": document["date"]} | row for row in document["rows"] if keep(row)]
 
 
-def finish(bench: str, rows: list[dict[str, Any]], save: bool) -> None:
-    """Prints the JSON line and, with `save`, writes results/<bench>-<cpu or gpu>.json."""
-    document = {
-        "bench": bench,
-        "date": datetime.date.today().isoformat(),
-        "device": device_name(),
-        "torch": torch.__version__,
-        "rows": rows,
-    }
+def finish(bench: str, rows: list[dict[str, Any]], save: bool, on: dict[str, str] | None = None) -> None:
+    """Prints the JSON line and, with `save`, writes results/<bench>-<cpu or gpu>.json.
+
+    `on` is `where()` of the machine that measured, if it was not this one.
+    """
+    on = on or where()
     if save:
-        _path(bench).write_text(json.dumps(document, indent=1) + "\n")
-    print(json.dumps(document))
+        keep(bench, rows, on)
+    print(json.dumps(_document(bench, rows, on)))
+
+
+def keep(bench: str, rows: list[dict[str, Any]], on: dict[str, str] | None = None) -> None:
+    """Writes results/<bench>-<cpu or gpu>.json: a long run does so after each part, and a cut-off loses one part."""
+    on = on or where()
+    _path(bench, on["kind"]).write_text(json.dumps(_document(bench, rows, on), indent=1) + "\n")
+
+
+def _document(bench: str, rows: list[dict[str, Any]], on: dict[str, str]) -> dict[str, Any]:
+    return {"bench": bench, **{key: on[key] for key in ("date", "device", "torch")}, "rows": rows}
 
 
 def resident_peak() -> int:
@@ -60,9 +77,15 @@ def resident_peak() -> int:
 def peer_rows(script: str, who: str, *words: str) -> list[dict[str, Any]]:
     """What a rival's script beside this file prints behind PEER, from a process of its own; a failure is a row too."""
     command = [sys.executable, str(Path(__file__).with_name(script)), who, *words]
-    told = subprocess.run(command, capture_output=True, text=True)
-    found = [json.loads(x.removeprefix("PEER")) for x in told.stdout.splitlines() if x.startswith("PEER")]
-    if told.returncode:
-        found.append({"who": who, "error": told.stderr.strip().splitlines()[-1][:300]})
-    print(*found, sep="\n", flush=True)
-    return found
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryFile("w+") as errors:
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True) as child:
+            for line in child.stdout or ():
+                if line.startswith("PEER"):
+                    rows.append(json.loads(line.removeprefix("PEER")))
+                    print(rows[-1], flush=True)
+        if child.returncode:
+            errors.seek(0)
+            rows.append({"who": who, "error": ([""] + errors.read().strip().splitlines())[-1][:300]})
+            print(rows[-1], flush=True)
+    return rows
