@@ -26,15 +26,10 @@ BUDGET = 2**26  # bytes of its scores would be more, but no fewer than 16
 SHORT = 8  # P is kept where a text has at most so many times D tokens
 
 
-def _merged(t: Tensor) -> Tensor:
-    """(B, H, ...) as (B H, ...), the same memory."""
-    return t.view(t.shape[0] * t.shape[1], *t.shape[2:])
-
-
 def _rows(q: Tensor) -> int:
-    """Queries a block, of q (N, T, G, D)."""
-    N, T, G, _ = q.shape
-    return min(ROWS, max(16, BUDGET // (N * G * T * q.element_size())))
+    """Queries a block, of q (B, H_kv, G, T, D)."""
+    B, H, G, T, _ = q.shape
+    return min(ROWS, max(16, BUDGET // (B * H * G * T * q.element_size())))
 
 
 def _blocks(T: int, window: int | None, rows: int) -> Iterator[tuple[int, int, int]]:
@@ -44,53 +39,69 @@ def _blocks(T: int, window: int | None, rows: int) -> Iterator[tuple[int, int, i
         yield start, min(T, start + rows), first
 
 
-def _probabilities(q: Tensor, k: Tensor, start: int, stop: int, first: int, window: int | None, out: Tensor) -> Tensor:
-    """P (N, (stop - start) G, stop - first) of a block of queries, in the memory of `out`."""
-    N, _, G, D = q.shape
-    p = out.view(N, (stop - start) * G, stop - first)
-    torch.bmm(q[:, start:stop].reshape(N, -1, D), k[:, first:stop].mT, out=p)
-    if stop - start > 1 or window is not None:
-        p.view(N, stop - start, G, stop - first)[..., -(stop - start) :].add_(_hidden(stop - start, q.dtype, q.device))
-    if window is not None and stop - first > window:
-        rows, keys = torch.arange(start, stop)[:, None], torch.arange(first, stop)
-        old = (keys <= rows - window)[:, None].to(q.device)
-        p.view(N, stop - start, G, stop - first).masked_fill_(old, -torch.inf)
+def _queries(q: Tensor, start: int, stop: int) -> Tensor:
+    """Of q (B, H_kv, G, T, D) those of a block, (B H_kv, G (stop - start), D): those of one key head together."""
+    B, H, G, _, D = q.shape
+    return q[:, :, :, start:stop].reshape(B * H, G * (stop - start), D)
+
+
+def _keys(k: Tensor, first: int, stop: int) -> Tensor:
+    """Of k (B, H_kv, T, D) those that a block sees, (B H_kv, stop - first, D)."""
+    return k[:, :, first:stop].flatten(0, 1)
+
+
+def _probabilities(
+    q: Tensor, k: Tensor, G: int, scale: float, block: tuple[int, int, int], window: int | None, out: Tensor
+) -> Tensor:
+    """P (N, G (stop - start), stop - first) of the queries and keys of a block, in the memory of `out`."""
+    start, stop, first = block
+    n, keys = stop - start, stop - first
+    p = out.view(q.shape[0], G * n, keys)
+    hidden = _hidden(n, G, q.dtype, q.device)
+    if n == keys and n > 1:
+        torch.baddbmm(hidden, q, k.mT, alpha=scale, out=p)
+    else:
+        p.baddbmm_(q, k.mT, beta=0, alpha=scale)
+        if n > 1 or window is not None:
+            p[..., -n:].add_(hidden)
+    if window is not None and keys > window:
+        rows, at = torch.arange(start, stop)[:, None], torch.arange(first, stop)
+        p.view(-1, n, keys).masked_fill_((at <= rows - window).to(q.device), -torch.inf)
     return torch.ops.aten._softmax.out(p, -1, False, out=p)
 
 
 _triangles: dict[Any, Tensor] = {}
 
 
-def _hidden(n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """-inf where a key (n) stands behind a query (n), else 0: (n, 1, n), made once."""
-    key = (n, dtype, device)
+def _hidden(n: int, G: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """-inf where a key (n) stands behind a query (n), else 0, for each of G heads: (G n, n), made once."""
+    key = (n, G, dtype, device)
     if key not in _triangles:
         with torch.inference_mode(False):
             full = torch.full((n, n), -torch.inf, dtype=dtype, device=device)
-            _triangles[key] = full.triu_(1)[:, None]
+            _triangles[key] = full.triu_(1).repeat(G, 1)
         if len(_triangles) > 64:  # lengths that came once
             del _triangles[next(iter(_triangles))]
     return _triangles[key]
 
 
 def causal_forward(
-    q: Tensor, k: Tensor, v: Tensor, y: Tensor, window: int | None = None, keep: bool = True
+    q: Tensor, k: Tensor, v: Tensor, y: Tensor, scale: float, window: int | None = None, keep: bool = True
 ) -> list[Tensor] | None:
-    """Writes Y into y (B, H_kv, T, G, D), of any strides; returns P, block by block, where it is worth keeping.
+    """Writes Y into y (B, H_kv, G, T, D), of any strides; returns P, block by block, where it is worth keeping.
 
-    q (B, H_kv, T, G, D), already times the scale; k, v (B, H_kv, T, D).  A query sees itself, what stands before it,
-    and of that the last `window` keys, itself counted.  q, k and v are contiguous, or of one row (B = 1) and so
-    within each head.
+    q (B, H_kv, G, T, D); k, v (B, H_kv, T, D).  A query sees itself, what stands before it, and of that the last
+    `window` keys, itself counted.
     """
-    B, H, T, G, D = q.shape
-    q, k, v = (_merged(t) for t in (q, k, v))
+    B, H, G, T, D = q.shape
     N, keep = B * H, keep and T <= SHORT * D
     kept = []
     for start, stop, first in _blocks(T, window, _rows(q)):
         n = N * (stop - start) * G * (stop - first)
         room = torch.empty(n, dtype=q.dtype, device=q.device) if keep else scratch(n, q.dtype, q.device, "scores")
-        p = _probabilities(q, k, start, stop, first, window, room)
-        y[:, :, start:stop] = torch.bmm(p, v[:, first:stop]).view(B, H, stop - start, G, D)
+        part, seen = _queries(q, start, stop), _keys(k, first, stop)
+        p = _probabilities(part, seen, G, scale, (start, stop, first), window, room)
+        y[:, :, :, start:stop] = torch.bmm(p, _keys(v, first, stop)).view(B, H, G, stop - start, D)
         if keep:
             kept.append(p)
     return kept if keep else None
@@ -105,45 +116,45 @@ def causal_backward(
     dq: Tensor,
     dk: Tensor,
     dv: Tensor,
+    scale: float,
     window: int | None = None,
 ) -> None:
-    """Writes dq, dk, dv, shaped and laid out as q, k, v, from dy (as q); p is what `causal_forward` returned.
+    """Writes dq, dk, dv, of the shapes of q, k, v, from dy (as q); p is what `causal_forward` returned.
 
-    dq is the gradient of the scaled q that was given.
+    dq, dk and dv are contiguous, or of one row (B = 1) and so within each head.
     """
-    T, G, D = q.shape[2:]
-    dy, q, k, v, dq, dk, dv = (_merged(t) for t in (dy, q, k, v, dq, dk, dv))
-    N, rows_of = q.shape[0], _rows(q)
+    B, H, G, T, D = q.shape
+    N, rows_of = B * H, _rows(q)
+    dk, dv = dk.view(N, T, D), dv.view(N, T, D)
     whole = rows_of >= T
     if not whole:
         dk.zero_()
         dv.zero_()
     for i, (start, stop, first) in enumerate(_blocks(T, window, rows_of)):
-        rows = slice(start, stop)
         n = N * (stop - start) * G * (stop - first)
+        q_, dy_ = _queries(q, start, stop), _queries(dy, start, stop)
+        k_ = _keys(k, first, stop)
         if p is None:
-            part = _probabilities(q, k, start, stop, first, window, scratch(n, q.dtype, q.device, "scores"))
+            room = scratch(n, q.dtype, q.device, "scores")
+            part = _probabilities(q_, k_, G, scale, (start, stop, first), window, room)
         else:
             part = p[i]
-        q_, dy_ = (t[:, rows].reshape(N, -1, D) for t in (q, dy))
-        ds = torch.bmm(dy_, v[:, first:stop].mT, out=scratch(n, q.dtype, q.device, "dscores").view(part.shape))
+        ds = scratch(n, q.dtype, q.device, "dscores").view(part.shape)
+        torch.bmm(dy_, _keys(v, first, stop).mT, out=ds)
         if whole:
             torch.bmm(part.mT, dy_, out=dv)
         else:
             dv[:, first:stop].baddbmm_(part.mT, dy_)
         torch.ops.aten._softmax_backward_data.out(ds, part, -1, ds.dtype, grad_input=ds)
-        dq[:, rows] = torch.bmm(ds, k[:, first:stop]).view(N, stop - start, G, D)
-        if whole:
-            torch.bmm(ds.mT, q_, out=dk)
+        if whole and dq.is_contiguous():
+            dq.view(N, G * T, D).baddbmm_(ds, k_, beta=0, alpha=scale)
         else:
-            dk[:, first:stop].baddbmm_(ds.mT, q_)
-
-
-def grouped(q: Tensor, heads: int, scale: float) -> Tensor:
-    """(B, H, T, D) times the scale as (B, H_kv, T, G, D), contiguous: the heads that read one key head together."""
-    B, H, T, D = q.shape
-    out = torch.empty(B, heads, T, H // heads, D, dtype=q.dtype, device=q.device)
-    return torch.mul(q.view(B, heads, H // heads, T, D).transpose(2, 3), scale, out=out)
+            made = torch.bmm(ds, k_).view(B, H, G, stop - start, D)
+            torch.mul(made, scale, out=dq[:, :, :, start:stop])
+        if whole:
+            dk.baddbmm_(ds.mT, q_, beta=0, alpha=scale)
+        else:
+            dk[:, first:stop].baddbmm_(ds.mT, q_, alpha=scale)
 
 
 def can_causal(q: Tensor, k: Tensor) -> bool:
@@ -156,14 +167,19 @@ def can_causal(q: Tensor, k: Tensor) -> bool:
     )
 
 
+def grouped(q: Tensor, heads: int) -> Tensor:
+    """(B, H, T, D) as (B, H_kv, G, T, D), contiguous: the heads that read one key head together."""
+    return q.contiguous().unflatten(1, (heads, -1))
+
+
 class _Causal(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, window, scale):
         B, H, T, D = q.shape
-        learns = any(ctx.needs_input_grad)
-        q, k, v = grouped(q, k.shape[1], scale), k.contiguous(), v.contiguous()
+        learns, heads = any(ctx.needs_input_grad), k.shape[1]
+        q, k, v = grouped(q, heads), k.contiguous(), v.contiguous()
         y = torch.empty(B, T, H, D, dtype=q.dtype, device=q.device)  # the order in which the output layer reads it
-        p = causal_forward(q, k, v, y.view(B, T, *q.shape[1:2], *q.shape[3:]).transpose(1, 2), window, learns)
+        p = causal_forward(q, k, v, y.transpose(1, 2).unflatten(1, (heads, -1)), scale, window, learns)
         ctx.save_for_backward(q, k, v, *(p or ()))
         ctx.window, ctx.scale, ctx.buffers = window, scale, mine()
         return y.transpose(1, 2)
@@ -173,9 +189,8 @@ class _Causal(torch.autograd.Function):
         q, k, v, *p = ctx.saved_tensors
         dq, dk, dv = (torch.empty_like(t) for t in (q, k, v))
         with borrowed(ctx.buffers):
-            causal_backward(grouped(grads[0], k.shape[1], 1.0), q, k, v, p or None, dq, dk, dv, ctx.window)
-        B, _, T, _, D = q.shape
-        return dq.mul_(ctx.scale).transpose(2, 3).reshape(B, -1, T, D), dk, dv, None, None
+            causal_backward(grouped(grads[0], k.shape[1]), q, k, v, p or None, dq, dk, dv, ctx.scale, ctx.window)
+        return dq.flatten(1, 2), dk, dv, None, None
 
 
 def causal_attention(

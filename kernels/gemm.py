@@ -6,6 +6,9 @@
 On a CPU torch sends float32 products to MKL, which leaves AVX-512 unused on AMD processors; oneDNN,
 in the same wheel, uses it: 84 against 130 ms for 512x4096x4096 on two Zen 4 cores (LOG.md, 2026-11-23).
 The rule looks only at the machine and the operands, never at a timing, so a run repeats bit for bit.
+
+oneDNN puts the second factor of a product in an order of its own first, for which wᵀ must be turned over, all of it:
+a fifth of the time where x has 64 rows.  There the product is yᵀ = w xᵀ: w is read as it lies (LOG.md, 2026-11-27).
 """
 
 import functools
@@ -14,6 +17,9 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+
+FEW = 128  # rows up to which yᵀ is made
+PIECE = 4096  # rows of w at a time, so that yᵀ is still in the cache when it is turned over
 
 
 @functools.cache
@@ -40,11 +46,30 @@ def _by_onednn(x: Tensor, w: Tensor) -> bool:
     )
 
 
+def _is_few(x: Tensor, w: Tensor) -> bool:
+    return x.shape[0] <= min(FEW, w.shape[0]) and w.is_contiguous()
+
+
 def linear(x: Tensor, w: Tensor) -> Tensor:
     """x wᵀ for x (M, K), w (N, K). No gradient: call it inside an autograd function."""
-    if _by_onednn(x, w):
+    if not _by_onednn(x, w):
+        return x @ w.T
+    M, N = x.shape[0], w.shape[0]
+    if not _is_few(x, w):
         return torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], "")
-    return x @ w.T
+    y = x.new_empty(M, N)
+    for start in range(0, N, PIECE):
+        part = slice(start, start + PIECE)
+        # times one: copy_ turns over with one thread
+        torch.mul(torch.ops.mkldnn._linear_pointwise(w[part], x, None, "none", [], "").T, 1.0, out=y[:, part])
+    return y
+
+
+def linear_anyhow(x: Tensor, w: Tensor) -> Tensor:
+    """`linear` whose result may lie in memory by columns: where it is read once, by an operation of its own."""
+    if _is_few(x, w) and _by_onednn(x, w):
+        return torch.ops.mkldnn._linear_pointwise(w, x, None, "none", [], "").T
+    return linear(x, w)
 
 
 def matmul(x: Tensor, w: Tensor) -> Tensor:

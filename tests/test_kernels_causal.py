@@ -63,13 +63,13 @@ def test_blocks_of_fewer_queries_where_scores_would_be_large(short: int, monkeyp
     y = causal_attention(q, k, v, window=50)
     want = torch.autograd.grad(y.square().sum(), (q, k, v))
     monkeypatch.setattr(causal, "BUDGET", 30 * 2 * 4 * 70 * 8)
-    assert causal._rows(q.new_empty(4, 70, 2, 16)) == 30
+    assert causal._rows(q.new_empty(2, 2, 2, 70, 16)) == 30
     z = causal_attention(q, k, v, window=50)
     torch.testing.assert_close(z, y, rtol=1e-12, atol=1e-13)
     for a, b in zip(torch.autograd.grad(z.square().sum(), (q, k, v)), want, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
     monkeypatch.setattr(causal, "BUDGET", 1)
-    assert causal._rows(q.new_empty(4, 70, 2, 16)) == 16
+    assert causal._rows(q.new_empty(2, 2, 2, 70, 16)) == 16
 
 
 def test_two_runs_give_the_same_bits_and_strides_do_not_matter() -> None:

@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from lora.kernels import causal
+from lora.kernels import beside, causal
 from lora.kernels.adamw import BLOCK8
 from lora.kernels.dispatch import as_on_gpu
 from lora.kernels.scratch import borrowed
@@ -180,10 +180,12 @@ def _apart() -> Iterator[None]:
     """Inside, what is made once and kept is made anew: other runs' is not this one's, nor this one's theirs."""
     before = dict(causal._triangles)
     causal._triangles.clear()
+    beside.forget()
     try:
         with borrowed({}):
             yield
     finally:
+        beside.forget()
         causal._triangles.clear()
         causal._triangles.update(before)
 

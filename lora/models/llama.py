@@ -17,6 +17,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
+from lora.kernels import beside
 from lora.kernels.dispatch import on_gpu
 from lora.kernels.norm import rms_norm
 from lora.kernels.rope import rope2
@@ -317,8 +318,10 @@ class Llama(CausalLM):
             and not on_gpu(x)
             and padding is None
         )
+        if not torch.is_grad_enabled():
+            beside.forget()
         leans = lean.specs_of(self, x, documents, self.keeping) if by_lean else None
-        tables = [lean.tables_of(cos, sin, c.head_dim) for cos, sin in turns] if leans is not None else []
+        tables = [lean.tables_of(cos, sin) for cos, sin in turns] if leans is not None else []
         for i, b in enumerate(self.model.layers):
             if specs is not None:
                 cos, sin = turns[c.rope_of(i)]
