@@ -12,6 +12,7 @@ from lora.kernels._triton import tl, triton
 # Bytes of shared memory of a kernel.  Static memory ends at 48 KB, which Triton does not raise.
 SUMS = 2 * 16 * 544  # two turns of 16 warps' sums, rows padded
 PAIRS = 256 * 16 * 4  # for each byte of codes its two values, once for every two lanes
+ROOM = 12320  # for what token4_kernel.py keeps
 
 
 def permute_table(code: Tensor) -> Tensor:
@@ -39,6 +40,20 @@ def load8(p, have):
         "=r,=r,l,r",
         [p, have],
         dtype=(tl.int32, tl.int32),
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
+def prefetch(p, size):
+    """Asks for `size` bytes from address p on to be brought to the second cache; multiples of 16, 0: none."""
+    return tl.inline_asm_elementwise(
+        """{ .reg .pred p; setp.ne.b32 p, $2, 0;
+        @p cp.async.bulk.prefetch.L2.global [$1], $2; mov.b32 $0, 0; }""",
+        "=r,l,r",
+        [p, size],
+        dtype=tl.int32,
         is_pure=False,
         pack=1,
     )
@@ -103,6 +118,27 @@ def shared(like):
         dtype=(tl.int32, tl.int32, tl.int32),
         is_pure=False,
         pack=1,
+    )
+
+
+@triton.jit
+def make_room(like):
+    """The address of ROOM further bytes of shared memory, once a kernel."""
+    return tl.inline_asm_elementwise(
+        ".shared .align 128 .b8 lora_room[12320]; mov.u32 $0, lora_room; // $1",
+        "=r,r",
+        [like],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
+def room(like):
+    """That address again, for tensors of any shape."""
+    return tl.inline_asm_elementwise(
+        "mov.u32 $0, lora_room; // $1", "=r,r", [like], dtype=tl.int32, is_pure=False, pack=1
     )
 
 
@@ -186,6 +222,14 @@ def put4(at, a, b, c, d):
         dtype=tl.int32,
         is_pure=False,
         pack=1,
+    )
+
+
+@triton.jit
+def put1(at, value):
+    """A float32 to address `at` of shared memory."""
+    return tl.inline_asm_elementwise(
+        "st.shared.f32 [$1], $2; mov.b32 $0, 0;", "=r,r,f", [at, value], dtype=tl.int32, is_pure=False, pack=1
     )
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora.kernels.attend import attend, new_work
+from lora.kernels.attend import attend_low, new_work
 from lora.kernels.choose import choose, note
 from lora.kernels.dispatch import can_overlap
 from lora.kernels.rope import rope
@@ -275,12 +275,16 @@ class Decoder:
         c = self.model.config
         early = can_overlap(self.device)
 
-        def attend_one(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        def attend_one(layer: int, a: Tensor | None, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor | None]:
             keys, values = self.cache.kv[layer]
-            window = c.window(layer) or 0
-            return attend(q, k, v, keys, values, self.at, self.start, self.cos, self.sin, window, self.work, early)
+            place = (self.at, self.start, self.cos, self.sin, c.window(layer) or 0)
+            return attend_low(a, q, k, v, keys, values, *place, self.work, early)
 
-        h = self.now.reading.forward(self.model.model.embed_tokens(self.token), attend_one, early)
+        reading, x = self.now.reading, self.model.model.embed_tokens(self.token)
+        if reading.in_five(x):
+            h = reading.token(x, attend_one, early)
+        else:
+            h = reading.forward(x, lambda layer, *qkv: attend_one(layer, None, *qkv)[0], early)
         return self.model.lm_head(h)
 
     def _slow_step(self) -> Tensor:
