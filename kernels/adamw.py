@@ -27,6 +27,7 @@ from torch import Tensor
 
 from lora.kernels._triton import tl, triton
 from lora.kernels.dispatch import use_triton
+from lora.kernels.op import op
 
 BLOCK8 = 256  # values that share an absmax
 TINY = torch.finfo(torch.float32).tiny  # below it 1/absmax may overflow
@@ -291,7 +292,7 @@ EXACT8 = True  # False saves 20 of 129 instructions a parameter, 20 of 79 regist
 FUSE = False  # multiplications and additions stay apart, so that a code is the twin's, and not one beside it
 
 
-@torch.library.custom_op("lora::adamw", mutates_args=("w", "g", "m", "v", "out16"))
+@op("lora::adamw", mutates=("w", "g", "m", "v", "out16"))
 def _adamw_op(
     w: Tensor,
     g: Tensor,
@@ -312,12 +313,7 @@ def _adamw_op(
         _adamw_kernel[(-(-n // BLOCK),)](w, g, m, v, hyper, scale, out16, n, *rest, **options)
 
 
-@_adamw_op.register_fake
-def _(w, g, m, v, hyper, beta1, beta2, eps, scale, out16, zero):
-    return None
-
-
-@torch.library.custom_op("lora::adamw8", mutates_args=("w", "g", "m_q", "m_absmax", "v_q", "v_absmax", "out16"))
+@op("lora::adamw8", mutates=("w", "g", "m_q", "m_absmax", "v_q", "v_absmax", "out16"))
 def _adamw8_op(
     w: Tensor,
     g: Tensor,
@@ -342,11 +338,6 @@ def _adamw8_op(
     options |= {"num_warps": WARPS8, "enable_fp_fusion": FUSE}
     with torch.cuda.device_of(w):
         _adamw8_kernel[(-(-n // (BLOCK8 * ROWS8)),)](w, g, *moments, hyper, scale, out16, n, *rest, **options)
-
-
-@_adamw8_op.register_fake
-def _(w, g, m_q, m_absmax, m_table, v_q, v_absmax, v_table, hyper, beta1, beta2, eps, scale, out16, zero):
-    return None
 
 
 def adamw(

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lora.kernels._triton import tl, triton
 from lora.kernels.dispatch import can_overlap, use_triton
+from lora.kernels.op import op
 from lora.kernels.rope import turn_ref
 
 PROGRAMS = 132  # what fills an H100
@@ -263,7 +264,7 @@ def attend_low(
     return y, None if a is None else ya
 
 
-@torch.library.custom_op("lora::attend", mutates_args=("keys", "values", "work"))
+@op("lora::attend", mutates=("keys", "values", "work"))
 def _attend(
     q: Tensor,
     k: Tensor,

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lora.kernels._triton import tl, triton
 from lora.kernels.dispatch import use_triton
+from lora.kernels.op import op
 
 
 # ---- reference ----
@@ -80,7 +81,7 @@ def choose(logits: Tensor, taken: Tensor, at: Tensor, out: Tensor, ends: Tensor,
         _choose(logits, taken, at, out, ends, stopped, bad)
 
 
-@torch.library.custom_op("lora::choose", mutates_args=("taken", "at", "out", "stopped", "bad"))
+@op("lora::choose", mutates=("taken", "at", "out", "stopped", "bad"))
 def _choose(logits: Tensor, taken: Tensor, at: Tensor, out: Tensor, ends: Tensor, stopped: Tensor, bad: Tensor) -> None:
     B, V = logits.shape
     BLOCK = min(16384, triton.next_power_of_2(V))
@@ -89,8 +90,3 @@ def _choose(logits: Tensor, taken: Tensor, at: Tensor, out: Tensor, ends: Tensor
             logits, taken, at, out, ends.view(torch.uint8), stopped.view(torch.uint8), bad.view(torch.uint8),
             V, out.shape[1], logits.stride(0), BLOCK=BLOCK, num_warps=max(1, min(32, BLOCK // 512)),
         )  # fmt: skip
-
-
-@_choose.register_fake
-def _(logits, taken, at, out, ends, stopped, bad):
-    return None

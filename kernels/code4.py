@@ -21,6 +21,7 @@ from torch import Tensor
 
 from lora.kernels._triton import tl, triton
 from lora.kernels.dispatch import use_triton
+from lora.kernels.op import op
 from lora.kernels.scratch import scratch
 
 TINY = torch.finfo(torch.float32).tiny  # below it 1/absmax may overflow, and GPUs flush it to zero
@@ -150,7 +151,7 @@ def _dequantize_kernel(
 
 
 # ---- launch ----
-@torch.library.custom_op("lora::dequantize4", mutates_args=("out",))
+@op("lora::dequantize4", mutates=("out",))
 def _dequantize4(
     q: Tensor, scales: Sequence[Tensor], table: Tensor, out: Tensor, block: int, n: int, start: int
 ) -> None:
@@ -181,11 +182,6 @@ def _dequantize4(
             num_warps=DECODE_BYTES // (32 * DECODE_BYTES_THREAD),
             enable_fp_fusion=False,  # nested scales are a product, then a sum: two roundings
         )
-
-
-@_dequantize4.register_fake
-def _(q: Tensor, scales: Sequence[Tensor], table: Tensor, out: Tensor, block: int, n: int, start: int) -> None:
-    return None
 
 
 def dequantize4(

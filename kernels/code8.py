@@ -18,6 +18,7 @@ from torch import Tensor
 from lora.kernels._triton import tl, triton
 from lora.kernels.code4 import NESTED, TINY
 from lora.kernels.dispatch import can_overlap, use_triton
+from lora.kernels.op import op
 
 ROWS, WARPS = 4, 8  # blocks of 256 scales and warps of a program: 4 scales a thread
 
@@ -85,7 +86,7 @@ def _quantize8_kernel(
 
 
 # ---- launch ----
-@torch.library.custom_op("lora::quantize8", mutates_args=())
+@op("lora::quantize8")
 def _quantize8(absmax: Tensor, sums: Tensor, thresholds: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     b = absmax.numel()
     q = torch.empty(b, dtype=torch.uint8, device=absmax.device)

@@ -22,6 +22,7 @@ from torch import Tensor
 from lora.kernels import gemm
 from lora.kernels._triton import tl, triton
 from lora.kernels.dispatch import on_gpu, use_triton
+from lora.kernels.op import op
 
 # Bytes of logits alive at once, float32 on a CPU, those of h on a GPU.  On a CPU 256 rows of a 49 152-word
 # vocabulary: the products of 128 are slower by a tenth (LOG.md, 2026-11-27).
@@ -194,7 +195,7 @@ def _launch(logits: Tensor, target: Tensor, overwrite: bool) -> tuple[Tensor, Te
     return nll, hit, stats
 
 
-@torch.library.custom_op("lora::cross_entropy_overwrite", mutates_args=("logits",))
+@op("lora::cross_entropy_overwrite", mutates=("logits",))
 def _overwrite_op(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     nll, hit, _ = _launch(logits, target, overwrite=True)
     return nll, hit
@@ -206,7 +207,7 @@ def _(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     return logits.new_empty(n, dtype=torch.float32), logits.new_empty(n, dtype=torch.bool)
 
 
-@torch.library.custom_op("lora::cross_entropy_statistics", mutates_args=())
+@op("lora::cross_entropy_statistics")
 def _statistics_op(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return _launch(logits, target, overwrite=False)
 
@@ -217,7 +218,7 @@ def _(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return logits.new_empty(n, dtype=f32), logits.new_empty(n, dtype=torch.bool), logits.new_empty((n, 2), dtype=f32)
 
 
-@torch.library.custom_op("lora::cross_entropy_gradient", mutates_args=())
+@op("lora::cross_entropy_gradient")
 def _gradient_op(logits: Tensor, target: Tensor, stats: Tensor, g: Tensor) -> Tensor:
     n, V = logits.shape
     dz = torch.empty((n, V), dtype=logits.dtype, device=logits.device)

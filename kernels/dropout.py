@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lora.kernels._triton import tl, triton
 from lora.kernels.dispatch import use_triton
+from lora.kernels.op import op
 
 BLOCK = 1024  # columns of a program
 
@@ -93,7 +94,7 @@ def _drop_kernel(
 
 
 # ---- launch ----
-@torch.library.custom_op("lora::dropped", mutates_args=("out",))
+@op("lora::dropped", mutates=("out",))
 def _drop_op(x: Tensor, out: Tensor, seed: Tensor, key: int, threshold: int, scale: float, add: bool) -> None:
     M, K = x.shape
     block = min(BLOCK, max(32, triton.next_power_of_2(K)))
@@ -104,11 +105,6 @@ def _drop_op(x: Tensor, out: Tensor, seed: Tensor, key: int, threshold: int, sca
             x, out, seed, K, x.stride(0), out.stride(0), key, threshold, scale, ADD=add, BLOCK=block,
             num_warps=max(1, block // 256),
         )  # fmt: skip
-
-
-@_drop_op.register_fake
-def _(x: Tensor, out: Tensor, seed: Tensor, key: int, threshold: int, scale: float, add: bool) -> None:
-    return None
 
 
 def dropped(x: Tensor, drop: Drop, out: Tensor, add: bool = False) -> Tensor:

@@ -18,6 +18,7 @@ from torch import Tensor
 from lora.kernels._triton import tl, triton
 from lora.kernels.code4 import TINY, check_block4
 from lora.kernels.dispatch import can_overlap, use_triton
+from lora.kernels.op import op
 
 # What a program takes at a time (or one block), and a thread of it: 32 values of 16 bits are four loads of 16 bytes
 VALUES, VALUES_THREAD = 2048, 32
@@ -192,7 +193,7 @@ def tiling(n: int, block: int) -> tuple[int, int]:
     return rows, min(PROGRAMS, -(-n // (block * rows)))
 
 
-@torch.library.custom_op("lora::quantize4", mutates_args=())
+@op("lora::quantize4")
 def _quantize4(w: Tensor, cells: Tensor, block: int) -> tuple[Tensor, Tensor, Tensor]:
     n = w.numel()
     rows, programs = tiling(n, block)

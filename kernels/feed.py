@@ -20,6 +20,7 @@ from torch import Tensor
 from lora.kernels._triton import tl, triton
 from lora.kernels.dispatch import can_overlap, use_triton
 from lora.kernels.norm import rms_norm_forward
+from lora.kernels.op import op
 from lora.kernels.swiglu import swiglu_forward
 
 MOST_ROWS = 64  # of x; beyond, separate launches cost less than rows made again
@@ -123,7 +124,7 @@ def _launch(
     return y, s, xa
 
 
-@torch.library.custom_op("lora::feed_norm", mutates_args=())
+@op("lora::feed_norm")
 def _norm_op(
     x: Tensor, more: Tensor | None, w: Tensor, a: Tensor | None, eps: float, early: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -136,7 +137,7 @@ def _(x, more, w, a, eps, early):
     return x.new_empty(x.shape), x.new_empty(0 if more is None else x.shape), xa
 
 
-@torch.library.custom_op("lora::feed_gate", mutates_args=())
+@op("lora::feed_gate")
 def _gate_op(g: Tensor, u: Tensor, a: Tensor | None, early: bool) -> tuple[Tensor, Tensor]:
     y, _, xa = _launch(g, u, None, a, 0.0, True, early)
     return y, xa
@@ -148,7 +149,7 @@ def _(g, u, a, early):
     return g.new_empty(g.shape), xa
 
 
-@torch.library.custom_op("lora::feed_low", mutates_args=())
+@op("lora::feed_low")
 def _low_op(x: Tensor, a: Tensor, early: bool) -> Tensor:
     return _launch(x, None, None, a, 0.0, False, early)[2]
 

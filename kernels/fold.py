@@ -28,6 +28,7 @@ from lora.kernels.dropout import Drop, dropped
 from lora.kernels.gate import gate_forward
 from lora.kernels.linear4 import Weight4
 from lora.kernels.norm import rms_norm_forward
+from lora.kernels.op import op
 from lora.kernels.scratch import scratch
 
 ROOM = 64  # the added columns are a multiple of it, so that rows begin on 128 bytes and products get whole tiles
@@ -118,7 +119,7 @@ def _fringe_kernel(
 
 
 # ---- launch ----
-@torch.library.custom_op("lora::fringe", mutates_args=("out",))
+@op("lora::fringe", mutates=("out",))
 def _fringe_op(
     out: Tensor, src: Tensor | None, at: int, bias: Tensor | None, ones: bool, last: int, scale: float
 ) -> None:
@@ -131,11 +132,6 @@ def _fringe_op(
             out, out if src is None else src, out if bias is None else bias, M, room, at, r, last, out.stride(0),
             stride, scale, FILL=2 if bias is not None else int(ones), ROWS=ROWS, BLOCK=BLOCK, num_warps=4,
         )  # fmt: skip
-
-
-@_fringe_op.register_fake
-def _(out: Tensor, src: Tensor | None, at: int, bias: Tensor | None, ones: bool, last: int, scale: float) -> None:
-    return None
 
 
 def fringe(

@@ -21,6 +21,7 @@ from lora.kernels.gate import _forward_ref as gate_ref
 from lora.kernels.gate import _unit
 from lora.kernels.linear4 import Weight4
 from lora.kernels.norm import _forward_ref as norm_ref
+from lora.kernels.op import op
 from lora.kernels.scratch import scratch
 
 F8 = torch.float8_e4m3fn
@@ -235,20 +236,13 @@ def _decode_kernel(
 
 
 # ---- launch ----
-def _direct(out: Tensor) -> bool:
-    """Whether a kernel may be launched without its op, which costs the host 20 us a call: nobody traces.
-
-    A step in 8 bits makes some 2,500 such calls, and its GPU is done in 0.4 s.
-    """
-    return type(out) is Tensor and not torch.compiler.is_compiling()
-
-
 def _warps(block: int) -> int:
     """Of a program that holds a row: 32 values a thread, 16 bytes at a time."""
     return max(1, min(32, block // 1024))
 
 
-def _rows_launch(x: Tensor, out: Tensor, scale: Tensor) -> None:
+@op("lora::rows8", mutates=("out", "scale"))
+def _rows_op(x: Tensor, out: Tensor, scale: Tensor) -> None:
     M, N = x.shape
     BLOCK = triton.next_power_of_2(N)
     with torch.cuda.device_of(x):  # Triton launches on the current device, not on the tensors'
@@ -257,26 +251,19 @@ def _rows_launch(x: Tensor, out: Tensor, scale: Tensor) -> None:
         )
 
 
-_rows_op = torch.library.custom_op("lora::rows8", mutates_args=("out", "scale"))(_rows_launch)
-
-
-@_rows_op.register_fake
-def _(x: Tensor, out: Tensor, scale: Tensor) -> None:
-    return None
-
-
 def rows8(x: Tensor, out: Tensor) -> Tensor:
     """x (M, N) of any row stride into `out` (M, N) e4m3; its scales (M, 1) float32."""
     scale = torch.empty(x.shape[0], 1, dtype=torch.float32, device=x.device)
     x = x if x.stride(1) == 1 else x.contiguous()
     if use_triton(x, scale):
-        (_rows_launch if _direct(out) else _rows_op)(x, out, scale)
+        _rows_op(x, out, scale)
     else:
         _rows_ref(x, out, scale)
     return scale
 
 
-def _norm_launch(
+@op("lora::norm8", mutates=("out", "scale"))
+def _norm_op(
     x: Tensor, residual: Tensor | None, w: Tensor, eps: float, out: Tensor, scale: Tensor
 ) -> tuple[Tensor, Tensor]:
     M, D = x.shape
@@ -292,9 +279,6 @@ def _norm_launch(
     return s, r
 
 
-_norm_op = torch.library.custom_op("lora::norm8", mutates_args=("out", "scale"))(_norm_launch)
-
-
 @_norm_op.register_fake
 def _(x: Tensor, residual: Tensor | None, w: Tensor, eps: float, out: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     s = x.new_empty(x.shape if residual is not None else (0,))
@@ -305,7 +289,7 @@ def norm8(x: Tensor, residual: Tensor | None, w: Tensor, eps: float, out: Tensor
     """RMSNorm of x (or x + residual), (M, D), into `out` (M, D) e4m3; its scales (M, 1), what was normalised, and r."""
     scale = torch.empty(x.shape[0], 1, dtype=torch.float32, device=x.device)
     if use_triton(x, w, scale, *(() if residual is None else (residual,))):
-        s, r = (_norm_launch if _direct(out) else _norm_op)(x, residual, w, eps, out, scale)
+        s, r = _norm_op(x, residual, w, eps, out, scale)
         return scale, x if residual is None else s, r
     s = x if residual is None else x + residual
     y, r = norm_ref(s.float(), w.float(), eps)
@@ -313,7 +297,8 @@ def norm8(x: Tensor, residual: Tensor | None, w: Tensor, eps: float, out: Tensor
     return scale, s, r
 
 
-def _gate_launch(g: Tensor, u: Tensor, gelu: bool, out: Tensor, scale: Tensor) -> None:
+@op("lora::gate8", mutates=("out", "scale"))
+def _gate_op(g: Tensor, u: Tensor, gelu: bool, out: Tensor, scale: Tensor) -> None:
     M, F = g.shape
     BLOCK = triton.next_power_of_2(F)
     with torch.cuda.device_of(g):
@@ -323,25 +308,18 @@ def _gate_launch(g: Tensor, u: Tensor, gelu: bool, out: Tensor, scale: Tensor) -
         )  # fmt: skip
 
 
-_gate_op = torch.library.custom_op("lora::gate8", mutates_args=("out", "scale"))(_gate_launch)
-
-
-@_gate_op.register_fake
-def _(g: Tensor, u: Tensor, gelu: bool, out: Tensor, scale: Tensor) -> None:
-    return None
-
-
 def gate8(g: Tensor, u: Tensor, gelu: bool, out: Tensor) -> Tensor:
     """act(g) * u (gate.py), (M, F), into `out` (M, F) e4m3; its scales (M, 1)."""
     scale = torch.empty(g.shape[0], 1, dtype=torch.float32, device=g.device)
     if use_triton(g, u, scale):
-        (_gate_launch if _direct(out) else _gate_op)(g, u, gelu, out, scale)
+        _gate_op(g, u, gelu, out, scale)
     else:
         _rows_ref(gate_ref(g.float(), u.float(), gelu, torch.empty(g.shape, device=g.device)), out, scale)
     return scale
 
 
-def _split_launch(
+@op("lora::split8", mutates=("out",))
+def _split_op(
     out: Tensor, src: Tensor, at: int, width: int, sets: str, amax: Tensor, rows: Tensor | None, k: float
 ) -> None:
     n, columns = out.shape
@@ -355,14 +333,6 @@ def _split_launch(
         )  # fmt: skip
 
 
-_split_op = torch.library.custom_op("lora::split8", mutates_args=("out",))(_split_launch)
-
-
-@_split_op.register_fake
-def _(out: Tensor, src: Tensor, at: int, width: int, sets: str, amax: Tensor, rows: Tensor | None, k: float) -> None:
-    return None
-
-
 def split8(
     out: Tensor, src: Tensor, sets: str, amax: Tensor, at: int = 0, rows: Tensor | None = None, k: float = TOP_FACTOR
 ) -> None:
@@ -373,12 +343,13 @@ def split8(
     """
     width = out.shape[1] // len(sets)
     if use_triton(src, amax, *(() if rows is None else (rows,))):
-        (_split_launch if _direct(out) else _split_op)(out, src, at, width, sets, amax, rows, k)
+        _split_op(out, src, at, width, sets, amax, rows, k)
     else:
         _split_ref(out, src, at, width, sets, amax, rows, k)
 
 
-def _decode_launch(
+@op("lora::decode8", mutates=("out",))
+def _decode_op(
     q: Tensor, scales: list[Tensor], table: Tensor, out: Tensor, block: int, N: int, K: int, inverse: float, turn: bool
 ) -> None:
     nested = len(scales) > 1
@@ -392,23 +363,12 @@ def _decode_launch(
         )  # fmt: skip
 
 
-_decode_op = torch.library.custom_op("lora::decode8", mutates_args=("out",))(_decode_launch)
-
-
-@_decode_op.register_fake
-def _(
-    q: Tensor, scales: list[Tensor], table: Tensor, out: Tensor, block: int, N: int, K: int, inverse: float, turn: bool
-) -> None:
-    return None
-
-
 def decode8(weight: Weight4 | Tensor, scale: float, out: Tensor, turn: bool = False) -> None:
     """The weight (N, K) over `scale` into `out` (N, K) e4m3 of any row stride, or turned into (K, N)."""
     N, K = weight.shape
     whole = isinstance(weight, Weight4) and K % weight.block == 0 and weight.block <= 512
     if isinstance(weight, Weight4) and whole and use_triton(weight.q, *weight.scales, weight.table):
-        launch = _decode_launch if _direct(out) else _decode_op
-        launch(weight.q, list(weight.scales), weight.table, out, weight.block, N, K, 1.0 / scale, turn)
+        _decode_op(weight.q, list(weight.scales), weight.table, out, weight.block, N, K, 1.0 / scale, turn)
         return
     if isinstance(weight, Weight4):
         q, scales, table, _, block, _ = weight

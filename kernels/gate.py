@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lora.kernels._triton import tl, triton
 from lora.kernels.dispatch import use_triton
+from lora.kernels.op import op
 from lora.kernels.swiglu import swiglu_backward, swiglu_forward, tile
 
 MAX_RANK = 64  # of a factor whose sum is made in the pass: each takes a tile of registers
@@ -179,7 +180,7 @@ def _backward_kernel(
 
 
 # ---- launch ----
-@torch.library.custom_op("lora::gelu_gate", mutates_args=("h",))
+@op("lora::gelu_gate", mutates=("h",))
 def _forward_op(g: Tensor, u: Tensor, h: Tensor) -> None:
     M, F = g.shape
     BLOCK, num_warps = tile(F)
@@ -190,12 +191,7 @@ def _forward_op(g: Tensor, u: Tensor, h: Tensor) -> None:
         )
 
 
-@_forward_op.register_fake
-def _(g: Tensor, u: Tensor, h: Tensor) -> None:
-    return None
-
-
-@torch.library.custom_op("lora::gate_backward", mutates_args=("dh", "g", "u"))
+@op("lora::gate_backward", mutates=("dh", "g", "u"))
 def _backward_op(
     dh: Tensor, g: Tensor, u: Tensor, v: Tensor | None, tg: Tensor | None, tu: Tensor | None, gelu: bool, keep_h: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -264,6 +260,7 @@ def gate_backward(
                 f"{name} is {tuple(t.shape)}; beside {g.shape[0]} rows it is ({g.shape[0]}, r), r at most {MAX_RANK}"
             )
     there = [t for t in given.values() if t is not None]
+    made: tuple[Tensor, ...]
     if use_triton(dh, g, u, *there) and g.numel():
         v, tg, tu = (t if t is None or t.stride(1) == 1 else t.contiguous() for t in (v, tg, tu))
         made = _backward_op(dh, g, u, v, tg, tu, gelu, keep_h)

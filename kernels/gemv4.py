@@ -17,6 +17,7 @@ from lora.kernels._triton import tl, triton
 from lora.kernels.code4 import Low, Weight4
 from lora.kernels.dispatch import INTERPRETED, use_triton
 from lora.kernels.gemv4_kernel import gemv4_kernel
+from lora.kernels.op import op
 from lora.kernels.warp import permute_table
 
 __all__ = ["MOST_ROWS", "can_gemv4", "down", "gemv4", "gemv4_group", "permute_table"]
@@ -165,7 +166,7 @@ def down(a: Sequence[Tensor], s: Sequence[float], x: Tensor, early: bool = False
     return _down(x, [t.contiguous() for t in a], list(s), early)
 
 
-@torch.library.custom_op("lora::down", mutates_args=())
+@op("lora::down")
 def _down(x: Tensor, a: list[Tensor], s: list[float], early: bool) -> Tensor:
     """s x aᵀ of several a, side by side: (M, Σ R) float32."""
     (M, K), ranks = x.shape, tuple(t.shape[0] for t in a)
@@ -186,7 +187,7 @@ def _(x, a, s, early):
     return x.new_empty(x.shape[0], sum(t.shape[0] for t in a), dtype=torch.float32)
 
 
-@torch.library.custom_op("lora::gemv4", mutates_args=())
+@op("lora::gemv4")
 def _gemv4(
     x: Tensor,
     q: list[Tensor],

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lora.kernels._triton import tl, triton
 from lora.kernels.dispatch import use_triton
+from lora.kernels.op import op
 
 WIDEST = 65536  # values of a row: one program holds a whole row
 
@@ -214,7 +215,7 @@ def _launch_forward(
     return y, s, r
 
 
-@torch.library.custom_op("lora::rms_norm", mutates_args=())
+@op("lora::rms_norm")
 def _forward_op(x: Tensor, w: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     y, _, r = _launch_forward(x, None, w, eps)
     return y, r
@@ -226,7 +227,7 @@ def _(x: Tensor, w: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return y, x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
 
 
-@torch.library.custom_op("lora::rms_norm_add", mutates_args=())
+@op("lora::rms_norm_add")
 def _forward_add_op(x: Tensor, residual: Tensor, w: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     return _launch_forward(x, residual, w, eps)
 
@@ -237,7 +238,7 @@ def _(x: Tensor, residual: Tensor, w: Tensor, eps: float) -> tuple[Tensor, Tenso
     return y, x.new_empty(x.shape), x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
 
 
-@torch.library.custom_op("lora::rms_norm_into", mutates_args=("out",))
+@op("lora::rms_norm_into", mutates=("out",))
 def _forward_into_op(x: Tensor, residual: Tensor | None, w: Tensor, eps: float, out: Tensor) -> tuple[Tensor, Tensor]:
     return _launch_forward(x, residual, w, eps, out)[1:]
 
@@ -278,7 +279,7 @@ def _launch_backward(
     return dw
 
 
-@torch.library.custom_op("lora::rms_norm_backward", mutates_args=())
+@op("lora::rms_norm_backward")
 def _backward_op(
     dy: Tensor, ds: Tensor | None, x: Tensor, w: Tensor, r: Tensor, want_dw: bool
 ) -> tuple[Tensor, Tensor]:
@@ -286,16 +287,11 @@ def _backward_op(
     return dx, _launch_backward(dy, ds, x, w, r, want_dw, dx, None)
 
 
-@torch.library.custom_op("lora::rms_norm_backward_into", mutates_args=("dx", "y"))
+@op("lora::rms_norm_backward_into", mutates=("dx", "y"))
 def _backward_into_op(
     dy: Tensor, ds: Tensor | None, x: Tensor, w: Tensor, r: Tensor, dx: Tensor, y: Tensor | None
 ) -> None:
     _launch_backward(dy, ds, x, w, r, False, dx, y)
-
-
-@_backward_into_op.register_fake
-def _(dy: Tensor, ds: Tensor | None, x: Tensor, w: Tensor, r: Tensor, dx: Tensor, y: Tensor | None) -> None:
-    return None
 
 
 @_backward_op.register_fake

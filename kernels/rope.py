@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lora.kernels._triton import tl, triton
 from lora.kernels.dispatch import use_triton
+from lora.kernels.op import op
 
 
 # ---- reference ----
@@ -132,21 +133,16 @@ def _launch(xs: list[Tensor], ys: list[Tensor], cos: Tensor, sin: Tensor, back: 
             )  # fmt: skip
 
 
-@torch.library.custom_op("lora::rope", mutates_args=())
+@op("lora::rope")
 def _turn_op(xs: list[Tensor], cos: Tensor, sin: Tensor, back: bool) -> list[Tensor]:
     ys = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in xs]
     _launch(xs, ys, cos, sin, back)
     return ys
 
 
-@torch.library.custom_op("lora::rope_into", mutates_args=("ys",))
+@op("lora::rope_into", mutates=("ys",))
 def _turn_into_op(xs: list[Tensor], ys: list[Tensor], cos: Tensor, sin: Tensor, back: bool) -> None:
     _launch(xs, ys, cos, sin, back)
-
-
-@_turn_into_op.register_fake
-def _(xs: list[Tensor], ys: list[Tensor], cos: Tensor, sin: Tensor, back: bool) -> None:
-    return None
 
 
 @_turn_op.register_fake

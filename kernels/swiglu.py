@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lora.kernels._triton import tl, triton
 from lora.kernels.dispatch import use_triton
+from lora.kernels.op import op
 
 
 # ---- reference ----
@@ -103,7 +104,7 @@ def _as_rows(inputs: tuple[Tensor, ...], outputs: tuple[Tensor, ...]) -> list[Te
     return [*(_rows(t) for t in inputs), *(t.view(-1, t.shape[-1]) for t in outputs)]
 
 
-@torch.library.custom_op("lora::swiglu", mutates_args=("h",))
+@op("lora::swiglu", mutates=("h",))
 def _forward_op(g: Tensor, u: Tensor, h: Tensor) -> None:
     if not g.numel():
         return
@@ -117,12 +118,7 @@ def _forward_op(g: Tensor, u: Tensor, h: Tensor) -> None:
         )
 
 
-@_forward_op.register_fake
-def _(g: Tensor, u: Tensor, h: Tensor) -> None:
-    return None
-
-
-@torch.library.custom_op("lora::swiglu_backward", mutates_args=("dg", "du", "h"))
+@op("lora::swiglu_backward", mutates=("dg", "du", "h"))
 def _backward_op(dh: Tensor, g: Tensor, u: Tensor, dg: Tensor, du: Tensor, h: Tensor | None) -> None:
     if not g.numel():
         return
@@ -135,11 +131,6 @@ def _backward_op(dh: Tensor, g: Tensor, u: Tensor, dg: Tensor, du: Tensor, h: Te
         _backward_kernel[(M * blocks,)](
             *ts, I, *(t.stride(0) for t in ts), blocks, WITH_H=h is not None, BLOCK=BLOCK, num_warps=num_warps
         )
-
-
-@_backward_op.register_fake
-def _(dh: Tensor, g: Tensor, u: Tensor, dg: Tensor, du: Tensor, h: Tensor | None) -> None:
-    return None
 
 
 def swiglu_forward(g: Tensor, u: Tensor, out: Tensor | None = None) -> Tensor:

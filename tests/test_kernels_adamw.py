@@ -13,8 +13,6 @@ from lora.kernels.adamw import (
     BLOCK8,
     EXACT8,
     Moment8,
-    _adamw8_op,
-    _adamw_op,
     _encode,
     adamw,
     adamw8,
@@ -378,10 +376,10 @@ def test_the_operators_say_what_they_write(triton_device: torch.device) -> None:
     w, g, m, v = state(300, triton_device)
     rest, scale = hyper(1e-3, 1, triton_device), torch.ones((), device=triton_device)
     checks = ("test_schema", "test_faketensor")
-    torch.library.opcheck(_adamw_op, (w, g, m, v, rest, *BETAS, 1e-8, scale, None, True), test_utils=checks)
+    torch.library.opcheck(torch.ops.lora.adamw, (w, g, m, v, rest, *BETAS, 1e-8, scale, None, True), test_utils=checks)
     m8, v8 = moments(300, triton_device)
     args = (w, g, *m8[:3], *v8[:3], rest, *BETAS, 1e-8, None, w.half(), False)
-    torch.library.opcheck(_adamw8_op, args, test_utils=checks)
+    torch.library.opcheck(torch.ops.lora.adamw8, args, test_utils=checks)
 
 
 def test_one_graph_serves_every_step(gpu: torch.device) -> None:

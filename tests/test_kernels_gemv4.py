@@ -320,7 +320,7 @@ def test_gemv4_writes_its_own_rows_only(triton_device: torch.device) -> None:
     whole = torch.full((5, 21), 7.0, device=triton_device).half()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "empty", lambda *shape, **_: whole[1:4] if shape == (3, 21) else None)
-        launch._gemv4._init_fn(
+        launch._gemv4.launch(
             x, [p.q.view(-1)], list(p.scales), [permute_table(p.code)], 64, [21], [None], None, [None], False
         )
     assert torch.equal(whole[1:4], want) and (whole[0] == 7).all() and (whole[4] == 7).all()
