@@ -22,6 +22,7 @@ from lora.kernels.rope import turn_ref
 
 PROGRAMS = 132  # what fills an H100
 MOST_SHARES = 16  # of a row's slots: their sum is one program's work
+STAGES = 3
 SHORT = 512  # slots that are not shared out
 
 
@@ -298,7 +299,8 @@ def _attend(
         _attend_kernel[(B * Hkv, shares)](
             q, k, v, keys, values, at, start, cos, sin, y, y if a is None else a, ya, acc, top, total, done,
             q.stride(0), k.stride(0), v.stride(0), keys.stride(0), keys.stride(1), Hkv, window, D**-0.5,
-            G=G, D=D, GP=GP, SLOTS=64 if D <= 128 else 32, SHARES=shares, RA=R, EARLY=early, num_warps=4, **launch,
+            G=G, D=D, GP=GP, SLOTS=64 if D <= 128 else 32, SHARES=shares, RA=R, EARLY=early, num_warps=4,
+            num_stages=STAGES, **launch,
         )  # fmt: skip
     return y, ya
 

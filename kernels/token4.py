@@ -23,6 +23,7 @@ from lora.kernels._triton import triton
 from lora.kernels.code4 import Weight4
 from lora.kernels.dispatch import INTERPRETED
 from lora.kernels.gemv4 import can_gemv4, plan, processors, share
+from lora.kernels.op import op
 from lora.kernels.token4_kernel import ADD, GATE, MOST_LOW, MOST_ROWS, NOTHING, token4_kernel
 
 MOST_TOKENS = 8  # of x: what the tensor cores take at once
@@ -147,7 +148,7 @@ def _launch(
     )
 
 
-@torch.library.custom_op("lora::token4", mutates_args=())
+@op("lora::token4")
 def _token4(
     x: Tensor,
     q: list[Tensor],

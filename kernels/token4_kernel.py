@@ -15,11 +15,13 @@ from lora.kernels.warp import (
     decode8,
     from_lane,
     get,
+    get_half,
     make_room,
     mma,
     prefetch,
     put1,
     put4,
+    put_half,
     put_same,
     raise_flag,
     room,
@@ -31,10 +33,11 @@ from lora.kernels.warp import (
 
 NOTHING, ADD, GATE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # what is done to y
 MOST_ROWS = 256  # of y that a program takes
-MOST_LOW = 1024  # sums of x aᵀ that a program reads, over its tokens
-AT_ONCE = tl.constexpr(128)  # of these
-# In `room`: y of a program's rows (MOST_ROWS, 8), Σ x aᵀ (sides, M2, R2), 1 / rms (8,)
-LOW_AT, NORM_AT = tl.constexpr(MOST_ROWS * 8 * 4), tl.constexpr(MOST_ROWS * 8 * 4 + MOST_LOW * 4)
+MOST_LOW = 512  # sums of x aᵀ that a program reads, over its tokens
+AT_ONCE = tl.constexpr(64)  # of these
+TILE = tl.constexpr(2048)  # values of a at once, whose way to the tensor cores is through shared memory
+# In `room`: y of a program's rows (MOST_ROWS, 8) in 16 bits, Σ x aᵀ (sides, M2, R2), 1 / rms (8,)
+LOW_AT, NORM_AT = tl.constexpr(MOST_ROWS * 8 * 2), tl.constexpr(MOST_ROWS * 8 * 2 + MOST_LOW * 4)
 
 
 @triton.jit
@@ -99,41 +102,62 @@ def _finish(
     if AFTER == ADD:
         s = (y.to(dtype).to(tl.float32) + added[2]).to(dtype)
         tl.store(s_ptr + place, s, mask=inside)
-        s = s.to(tl.float32)
-        tl.store(y_ptr + place, (s * added[3]).to(dtype), mask=inside)
-        put1(room_at + (in_program * 8 + token) * 4, s)
+        tl.store(y_ptr + place, (s.to(tl.float32) * added[3]).to(dtype), mask=inside)
+        put_half(room_at + (in_program * 8 + token) * 2, s.to(tl.int16, bitcast=True).to(tl.int32))
     if AFTER == GATE:
         y = y.to(dtype).to(tl.float32)
         if turn % 2 == 1:
             h = (gate / (1.0 + tl.exp(-gate)) * y).to(dtype)
             tl.store(y_ptr + place, h, mask=inside)
-            put1(room_at + (in_program * 8 + token) * 4, h.to(tl.float32))
+            put_half(room_at + (in_program * 8 + token) * 2, h.to(tl.int16, bitcast=True).to(tl.int32))
         gate = y
     return gate
 
 
 @triton.jit
+def _kept(first, row0, last, M, dtype: tl.constexpr, FEW: tl.constexpr):
+    """y of the program's rows from its `first` on, (16 tokens, FEW) float32, zeros where there is none."""
+    i, token = first + tl.arange(0, FEW)[None, :], tl.arange(0, 16)[:, None]
+    at = (i * 8 + token % 8) * 2
+    y = get_half(room(at) + at).to(tl.int16).to(dtype, bitcast=True).to(tl.float32)
+    return tl.where((row0 + i < last) & (token < M), y, 0.0)
+
+
+@triton.jit
+def _tile_of_a(a_ptr, first_r, row, last, N: tl.constexpr, RA: tl.constexpr, R: tl.constexpr):
+    """(rows, R) of aᵀ, zeros where there is none."""
+    r = first_r + tl.arange(0, R)[None, :]
+    return tl.load(a_ptr + r.to(tl.int64) * N + row[:, None], mask=(row < last)[:, None] & (r < RA), other=0.0)
+
+
+@triton.jit
 def _give_shares(
-    w_ptr, a_ptr, ya_ptr, squares_ptr, row0, last, M, pid,
-    N: tl.constexpr, ROWS: tl.constexpr, RA: tl.constexpr, AFTER: tl.constexpr,
+    first_a, w_ptr, a_ptr, ya_ptr, squares_ptr, row0, last, M, pid,
+    N: tl.constexpr, ROWS: tl.constexpr, RA: tl.constexpr, R: tl.constexpr, FEW: tl.constexpr, AFTER: tl.constexpr,
 ):  # fmt: skip
     """The program's shares of Σ s² and of y aᵀ, from its rows of s, or of y itself, in shared memory."""
-    i, token = tl.arange(0, ROWS), tl.arange(0, 16)
-    row = row0 + i
-    if RA:
-        r = tl.arange(0, max(16, triton.next_power_of_2(RA)))
-        a = tl.load(a_ptr + r[None, :].to(tl.int64) * N + row[:, None], mask=(row < last)[:, None] & (r < RA), other=0.0)
+    dtype: tl.constexpr = w_ptr.dtype.element_ty
+    token = tl.arange(0, 16)
+    tl.debug_barrier()  # all rows are there
     if AFTER == ADD:
-        w = tl.load(w_ptr + row, mask=row < last, other=0.0).to(tl.float32)
-    tl.debug_barrier()
-    at = i[None, :] * 32 + token[:, None] % 8 * 4
-    y = tl.where((row < last)[None, :] & (token < M)[:, None], get(room(at) + at), 0.0)
-    if AFTER == ADD:
-        tl.store(squares_ptr + pid * M + token, tl.sum(y * y, axis=1), mask=token < M)
-        y = y * w[None, :]
-    if RA:
-        ya = tl.dot(y.to(a.dtype), a, input_precision="ieee")
-        tl.store(ya_ptr + (pid * M + token[:, None]) * RA + r[None, :], ya, mask=(token < M)[:, None] & (r < RA))
+        square = tl.zeros((16,), tl.float32)
+        for first in tl.static_range(0, ROWS, FEW):
+            s = _kept(first, row0, last, M, dtype, FEW)
+            square += tl.sum(s * s, axis=1)
+        tl.store(squares_ptr + pid * M + token, square, mask=token < M)
+    for first_r in tl.static_range(0, RA, R):
+        r = first_r + tl.arange(0, R)[None, :]
+        ya = tl.zeros((16, R), tl.float32)
+        for first in tl.static_range(0, ROWS, FEW):
+            row = row0 + first + tl.arange(0, FEW)
+            a = first_a
+            if first_r + first > 0:
+                a = _tile_of_a(a_ptr, first_r, row, last, N, RA, R)
+            y = _kept(first, row0, last, M, dtype, FEW)
+            if AFTER == ADD:
+                y *= tl.load(w_ptr + row, mask=row < last, other=0.0).to(tl.float32)[None, :]
+            ya = tl.dot(y.to(dtype), a, ya, input_precision="ieee")
+        tl.store(ya_ptr + (pid * M + token[:, None]) * RA + r, ya, mask=(token < M)[:, None] & (r < RA))
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -241,6 +265,11 @@ def token4_kernel(
     my_row = value // 16 + value % 4 // 2 * 8
     token = value // 4 % 4 * 2 + value % 2
     m = tl.minimum(token, M2 - 1)  # where x aᵀ and the norm lie; tokens behind M are not stored
+    FEW_R: tl.constexpr = min(max(16, triton.next_power_of_2(RA)), 64)  # of a at once
+    FEW_ROWS: tl.constexpr = min(triton.next_power_of_2(TURNS * 16), TILE // FEW_R)
+    first_a = 0.0
+    if RA:
+        first_a = _tile_of_a(a_ptr, 0, row0 + tl.arange(0, FEW_ROWS), last, N, RA, FEW_R)
     if EARLY:
         tl.extra.cuda.gdc_launch_dependents()
         if CACHED:
@@ -358,6 +387,6 @@ def token4_kernel(
     )  # fmt: skip
     if AFTER == ADD or RA > 0:
         _give_shares(
-            w_ptr, a_ptr, ya_ptr, next_squares_ptr, row0, last, M, pid,
-            N, triton.next_power_of_2(TURNS * 16), RA, AFTER,
+            first_a, w_ptr, a_ptr, ya_ptr, next_squares_ptr, row0, last, M, pid,
+            N, triton.next_power_of_2(TURNS * 16), RA, FEW_R, FEW_ROWS, AFTER,
         )  # fmt: skip

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from lora.kernels._triton import tl, triton
 
-# Bytes of shared memory of a kernel.  Static memory ends at 48 KB, which Triton does not raise.
+# Bytes of shared memory of a kernel.  They and Triton's own end at 48 KB together, which Triton does not raise.
 SUMS = 2 * 16 * 544  # two turns of 16 warps' sums, rows padded
 PAIRS = 256 * 16 * 4  # for each byte of codes its two values, once for every two lanes
-ROOM = 12320  # for what token4_kernel.py keeps
+ROOM = 6176  # for what token4_kernel.py keeps
 
 
 def permute_table(code: Tensor) -> Tensor:
@@ -125,7 +125,7 @@ def shared(like):
 def make_room(like):
     """The address of ROOM further bytes of shared memory, once a kernel."""
     return tl.inline_asm_elementwise(
-        ".shared .align 128 .b8 lora_room[12320]; mov.u32 $0, lora_room; // $1",
+        ".shared .align 128 .b8 lora_room[6176]; mov.u32 $0, lora_room; // $1",
         "=r,r",
         [like],
         dtype=tl.int32,
@@ -231,6 +231,24 @@ def put1(at, value):
     return tl.inline_asm_elementwise(
         "st.shared.f32 [$1], $2; mov.b32 $0, 0;", "=r,r,f", [at, value], dtype=tl.int32, is_pure=False, pack=1
     )
+
+
+@triton.jit
+def put_half(at, value):
+    """The low 16 bits of a word to address `at` of shared memory."""
+    return tl.inline_asm_elementwise(
+        "{ .reg .b16 h; cvt.u16.u32 h, $2; st.shared.b16 [$1], h; mov.b32 $0, 0; }",
+        "=r,r,r", [at, value], dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def get_half(at):
+    """The 16 bits at address `at` of shared memory, as a word."""
+    return tl.inline_asm_elementwise(
+        "{ .reg .b16 h; ld.shared.b16 h, [$1]; cvt.u32.u16 $0, h; }",
+        "=r,r", [at], dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
 
 
 @triton.jit

@@ -35,6 +35,21 @@ def put1(at, value):
     tl.store(at.to(tl.pointer_type(tl.float32)), value)
 
 
+@triton.jit
+def put_half(at, word):
+    tl.store(at.to(tl.pointer_type(tl.int16)), word.to(tl.int16))
+
+
+@triton.jit
+def get_half(at):
+    return tl.load(at.to(tl.pointer_type(tl.int16))).to(tl.int32) & 0xFFFF
+
+
+@triton.jit
+def prefetch(p, size):
+    pass
+
+
 @pytest.fixture
 def memory(monkeypatch: pytest.MonkeyPatch, definitions: None) -> None:
     """The interpreter's stand-ins for shared memory, and those of gemv4's test."""
@@ -44,7 +59,7 @@ def memory(monkeypatch: pytest.MonkeyPatch, definitions: None) -> None:
         for name in ("shared", "start_flags", "raise_flag", "wait_flag", "put_same", "put4", "get", "sum_parts",
                      "decode8", "from_lane", "mma"):  # fmt: skip
             monkeypatch.setattr(token4_kernel, name, getattr(gemv4_kernel, name))
-        for function in (make_room, room, put1):
+        for function in (make_room, room, put1, put_half, get_half, prefetch):
             monkeypatch.setattr(token4_kernel, function.fn.__name__, function)
 
 

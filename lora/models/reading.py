@@ -54,10 +54,11 @@ class Part(NamedTuple):
 
     base: Linear4bit
     adapters: tuple[Adapter, ...]
+    ranks: tuple[int, ...]  # of each
 
     def rank(self) -> int:
         """The padded rank of its updates together; 0 for none."""
-        r = sum(a.rank for a in self.adapters)
+        r = sum(self.ranks)
         return max(16, 1 << (r - 1).bit_length()) if r else 0
 
 
@@ -73,9 +74,8 @@ def part_of(layer: nn.Module) -> Part | None:
     on = wrapped.on() if wrapped else []
     if any(isinstance(a, ByRow) or a.magnitude is not None or a.bias is not None for a in on):
         return None
-    if sum(a.rank for a in on) > MOST_RANK:
-        return None
-    return Part(base, tuple(on))
+    ranks = tuple(a.rank for a in on)
+    return None if sum(ranks) > MOST_RANK else Part(base, tuple(on), ranks)
 
 
 def places(module: nn.Module) -> tuple[object, ...]:
@@ -143,8 +143,8 @@ class Factors:
             if b is None or self.a is None:
                 continue
             r = 0
-            for adapter in part.adapters:
-                end = r + adapter.rank
+            for rank in part.ranks:
+                end = r + rank
                 made += [self.a[row + r : row + end], b[:, r:end]]
                 r = end
             self.a[row + r : row + b.shape[1]] = 0.0
@@ -199,7 +199,7 @@ class Reading:
         """
         parts = [part for group in groups for part in group.parts or ()]
         factors = [a.low() for part in parts for a in part.adapters]
-        ranks = [r for part in parts for r in (-1, *(a.rank for a in part.adapters))]  # -1: a layer begins
+        ranks = [r for part in parts for r in (-1, *part.ranks)]  # -1: a layer begins
         if ranks != self.ranks:
             slots = [f.slots(group) for f, group in zip(self.factors, groups, strict=True)]
             self.slots, self.ranks, self.copied = [t for some in slots for t in some], ranks, None
