@@ -26,8 +26,8 @@ SHAPES: tuple[tuple[tuple[int, ...], int], ...] = (
 )  # fmt: skip
 # For --sweep: see Plan
 PLANS = [
-    (1, 4, 1, 2), (1, 4, 1, 0), (1, 4, 1, 3), (1, 4, 2, 2), (1, 2, 1, 2), (1, 2, 2, 2), (1, 2, 2, 3), (2, 2, 1, 2),
-    (2, 2, 1, 0), (2, 1, 2, 2),
+    (1, 4, 2, 2, 16), (1, 4, 3, 2, 16), (1, 4, 2, 3, 16), (1, 2, 2, 2, 16), (1, 2, 3, 2, 16), (1, 4, 3, 3, 8),
+    (1, 4, 3, 2, 8), (2, 4, 2, 2, 8), (2, 2, 3, 3, 8), (2, 1, 3, 2, 16),
 ]  # fmt: skip
 
 
@@ -127,7 +127,7 @@ def sweep(call, sets: int, nbytes: int) -> None:
     found = []
     for plan in PLANS:
         kernel.plan = lambda *_, plan=plan: kernel.Plan(*plan)
-        what = "rows {} unit {} ahead {} look {}".format(16 * plan[0], *plan[1:])
+        what = "rows {} unit {} slots {} look {} warps {}".format(16 * plan[0], *plan[1:])
         try:
             found.append((nbytes / graph_ms(call, sets) / 1e6, what))
         except Exception as e:  # a plan that does not fit the card is a result, not an end

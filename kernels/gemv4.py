@@ -25,29 +25,49 @@ __all__ = ["MOST_ROWS", "can_gemv4", "down", "gemv4", "gemv4_group", "permute_ta
 # Of x; with more, decoding into a buffer and a plain product are taken.  Measured with the kernel before this one:
 # `benchmarks/bench_gemv4.py` prints the other way as decode_ms.
 MOST_ROWS = 64
+# Bytes of shared memory of a program, beside those of warp.py: more than half of what there is, so that each fills a
+# multiprocessor.  With two of them on one, those of the launch behind meet on few: 25.8 us for 17 at 4096 x 14336.
+MEMORY = 131072
 
 
 class Plan(NamedTuple):
-    """How the kernel goes about a shape: its arguments ROWS, UNIT, AHEAD, LOOK and WARPS."""
+    """How the kernel goes about a shape: its arguments ROWS, UNIT, SLOTS, LOOK and WARPS."""
 
     rows: int
     unit: int
-    ahead: int
+    slots: int
     look: int
     warps: int = 16
+
+    def steps(self, K: int, tiles: int) -> tuple[int, int]:
+        """Units of a warp in a row of K weights, and how many of them are written out: loops move registers about."""
+        steps = -(-K // (64 * self.unit * self.warps))
+        most = max(1, 16 // (self.rows * self.unit * tiles))
+        return steps, next(n for n in range(min(steps, most), 0, -1) if steps % n == 0)
+
+    def memory(self, tiles: int, turns: int) -> int:
+        """Bytes of shared memory for the slots and the sums of two turns."""
+        sums = min(turns, 2) * self.rows * tiles * self.warps * (512 + 512 // self.warps % 128)
+        return 128 + sums + self.slots * self.rows * self.unit * self.warps * 512
 
 
 def plan(K: int, tiles: int) -> Plan:
     """The plan for rows of K weights; `benchmarks/bench_gemv4.py --sweep` times others, LOG.md has what was seen."""
     blocks = K // 64
 
-    def read(unit: int) -> int:  # blocks that 16 warps read, some of them behind the row
-        return -(-blocks // (16 * unit)) * 16 * unit
+    def unit(warps: int) -> int:
+        """The largest one with which the warps read few blocks behind the row, or else the one with fewest."""
 
-    unit = min((4, 2, 1), key=lambda unit: (read(unit) > 1.05 * blocks, read(unit), -unit))
-    if tiles > 1:
-        return Plan(2, min(unit, 2), 1, 2)
-    return Plan(1, unit, 2 if unit == 4 and blocks > 64 else 1, 2)
+        def read(unit: int) -> int:
+            return -(-blocks // (warps * unit)) * warps * unit
+
+        return min((4, 2, 1), key=lambda unit: (read(unit) > 1.05 * blocks, read(unit), -unit))
+
+    if tiles == 1:
+        return Plan(1, unit(16), 2, 2)
+    if blocks <= 64:  # x is kept in registers: 128 of each of 256 threads
+        return Plan(1, unit(8), 3, 3, 8)
+    return Plan(2, unit(8), 2, 2, 8)  # x is read for twice the rows at once
 
 
 def share(groups: Sequence[int], most: int) -> tuple[int, list[int]]:
@@ -102,7 +122,7 @@ def processors(device: torch.device) -> int:
 def can_gemv4(x: Tensor, q: Tensor, block: int, K: int) -> bool:
     """Whether `gemv4_group` takes rows x (M, K): on a GPU, few rows of 16 bits, K and blocks in runs of 64."""
     few = 0 < x.numel() <= MOST_ROWS * K
-    whole = K % 64 == 0 and block >= 64 and q.storage_offset() % 8 == 0  # codes are read 8 bytes at a time
+    whole = K % 64 == 0 and block >= 64 and q.storage_offset() % 16 == 0  # codes are copied 16 bytes at a time
     return few and whole and x.dtype in (torch.bfloat16, torch.float16) and use_triton(x, q)
 
 
@@ -202,13 +222,17 @@ def _gemv4(
 ) -> Tensor:
     M, K = x.shape
     y = torch.empty(M, sum(N), dtype=x.dtype, device=x.device)
-    if any(t.data_ptr() % 8 for t in q):
-        raise ValueError("the codes of a weight do not begin at a multiple of 8 bytes; copy the weight first")
+    if any(t.data_ptr() % 16 for t in q):
+        raise ValueError("the codes of a weight do not begin at a multiple of 16 bytes; copy the weight first")
     if x.data_ptr() % 16:  # x is read 16 bytes at a time
         x = x.clone()
     tiles = 1 if M <= 8 else 2  # more than 16 rows are taken 16 at a time
-    rows, unit, ahead, look, warps = plan(K, tiles)
+    chosen = plan(K, tiles)
+    rows, unit, slots, look, warps = chosen
+    steps, inner = chosen.steps(K, tiles)
     turns, programs = share([triton.cdiv(n, 16 * rows) for n in N], processors(x.device))
+    if chosen.memory(tiles, turns) > MEMORY:
+        raise ValueError(f"{chosen} asks for more than {MEMORY} bytes of shared memory")
     each = len(scales) // len(q)
     other = next((t for t in b if t is not None), x)  # stands for a factor that is not there, and is not read
     parts = []
@@ -228,8 +252,8 @@ def _gemv4(
             R2=0 if xa is None else triton.next_power_of_2(max(ranks)),
             BIAS=tuple(int(t is not None) for t in bias), HAS_BIAS=any(t is not None for t in bias),
             N=sum(N), RSUM=sum(ranks), K=K, BLOCK=block, NESTED=each > 1, HALF=int(x.dtype == torch.float16),
-            TILES=tiles, ROWS=rows, UNIT=unit, AHEAD=ahead, LOOK=look, WARPS=warps,
-            EVEN=all(n % (16 * rows) == 0 for n in N), EARLY=early, num_warps=warps, **launch,
+            TILES=tiles, ROWS=rows, UNIT=unit, SLOTS=slots, LOOK=look, WARPS=warps, STEPS=steps, INNER=inner,
+            MEMORY=MEMORY, EVEN=all(n % (16 * rows) == 0 for n in N), EARLY=early, num_warps=warps, **launch,
         )  # fmt: skip
     return y
 

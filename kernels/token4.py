@@ -22,11 +22,12 @@ from torch import Tensor
 from lora.kernels._triton import triton
 from lora.kernels.code4 import Weight4
 from lora.kernels.dispatch import INTERPRETED
-from lora.kernels.gemv4 import can_gemv4, plan, processors, share
+from lora.kernels.gemv4 import can_gemv4, processors, share
 from lora.kernels.op import op
 from lora.kernels.token4_kernel import ADD, GATE, MOST_LOW, MOST_ROWS, NOTHING, token4_kernel
 
 MOST_TOKENS = 8  # of x: what the tensor cores take at once
+WARPS = 16
 CACHED = 0  # bytes of codes that a program has brought to the second cache before x is there
 
 
@@ -96,6 +97,17 @@ def token4_gate(
     """x' = silu(y_0) y_1 (M, N) and its shares; both weights have the same codes."""
     y, _, ya, _ = _launch(x, weights, biases, bs, shares, GATE.value, None, None, a, early)
     return y, Shares(None if a is None else ya)
+
+
+def plan(K: int) -> tuple[int, int]:
+    """Blocks that a warp takes at once, and how many such units are under way, for rows of K weights."""
+    blocks = K // 64
+
+    def read(unit: int) -> int:  # blocks that the warps read, some of them behind the row
+        return -(-blocks // (WARPS * unit)) * WARPS * unit
+
+    unit = min((4, 2, 1), key=lambda unit: (read(unit) > 1.05 * blocks, read(unit), -unit))
+    return unit, 2 if unit == 4 and blocks > 64 else 1
 
 
 def _turns(N: Sequence[int], gate: bool, device: torch.device) -> tuple[int, list[int]]:
@@ -173,7 +185,7 @@ def _token4(
     if x.data_ptr() % 16:  # x is read 16 bytes at a time
         x = x.clone()
     gate, adds = after == GATE.value, after == ADD.value
-    _, unit, ahead, look, warps = plan(K, 1)
+    unit, ahead = plan(K)
     turns, programs = _turns(N, gate, x.device)
     P, R, width = sum(programs), 0 if a is None else a.shape[0], N[0] if gate else sum(N)
     y = torch.empty(M, width, dtype=x.dtype, device=x.device)
@@ -201,8 +213,8 @@ def _token4(
             R2=0 if xa is None else triton.next_power_of_2(max(ranks)), SHARES=1 if came is None else len(came),
             NORM=squares is not None, BIAS=tuple(int(t is not None) for t in bias),
             HAS_BIAS=any(t is not None for t in bias), N=width, RSUM=sum(ranks), K=K, BLOCK=block, NESTED=each > 1,
-            HALF=int(x.dtype == torch.float16), UNIT=unit, AHEAD=ahead, LOOK=look, WARPS=warps,
-            EVEN=all(n % 16 == 0 for n in N), AFTER=after, RA=R, CACHED=CACHED, EARLY=early, num_warps=warps, **launch,
+            HALF=int(x.dtype == torch.float16), UNIT=unit, AHEAD=ahead, LOOK=2, WARPS=WARPS,
+            EVEN=all(n % 16 == 0 for n in N), AFTER=after, RA=R, CACHED=CACHED, EARLY=early, num_warps=WARPS, **launch,
         )  # fmt: skip
     return y, s, ya, new_squares
 

@@ -10,13 +10,13 @@ The walk over W is that of gemv4_kernel.py, a program a multiprocessor.  Around 
 """
 
 from lora.kernels._triton import tl, triton
-from lora.kernels.gemv4_kernel import _decode, _fetch, _fetch_scales, _fetch_x, _rows
+from lora.kernels.gemv4_kernel import _decode, _fetch_x, _rows
 from lora.kernels.warp import (
     decode8,
     from_lane,
     get,
     get_half,
-    make_room,
+    load8,
     mma,
     prefetch,
     put1,
@@ -25,7 +25,7 @@ from lora.kernels.warp import (
     put_same,
     raise_flag,
     room,
-    shared,
+    rooms,
     start_flags,
     sum_parts,
     wait_flag,
@@ -38,6 +38,42 @@ AT_ONCE = tl.constexpr(64)  # of these
 TILE = tl.constexpr(2048)  # values of a at once, whose way to the tensor cores is through shared memory
 # In `room`: y of a program's rows (MOST_ROWS, 8) in 16 bits, Σ x aᵀ (sides, M2, R2), 1 / rms (8,)
 LOW_AT, NORM_AT = tl.constexpr(MOST_ROWS * 8 * 2), tl.constexpr(MOST_ROWS * 8 * 2 + MOST_LOW * 4)
+
+
+@triton.jit
+def _fetch(q_ptr, rows, unit, t, more, K: tl.constexpr, UNIT: tl.constexpr, RAGGED: tl.constexpr):
+    """The codes of a unit: for each block and each of a thread's rows, two words."""
+    starts, words = (), ()
+    for j in tl.static_range(len(rows)):
+        starts = starts + ((q_ptr + rows[j].to(tl.int64) * (K // 2) + (unit * (UNIT * 32) + t * 8)).to(tl.int64),)
+    for b in tl.static_range(UNIT):
+        back = 0
+        if RAGGED:  # what lies behind the row meets zeros of x
+            back = tl.maximum(unit * (UNIT * 32) + b * 32 - (K // 2 - 32), 0)
+        for j in tl.static_range(len(rows)):
+            w0, w1 = load8(starts[j] + b * 32 - back, more)
+            words = words + (w0, w1)
+    return words
+
+
+@triton.jit
+def _fetch_scales(
+    absmax_ptr, absmax2_ptr, rows, unit, t, more,
+    K: tl.constexpr, UNIT: tl.constexpr, RAGGED: tl.constexpr, BLOCK: tl.constexpr, NESTED: tl.constexpr,
+):  # fmt: skip
+    """For each of a thread's rows the scale of block t of the unit; nested: its byte and its own scale."""
+    block = unit * UNIT + t % UNIT
+    if RAGGED:
+        block = tl.minimum(block, K // 64 - 1)
+    held = ()
+    for j in tl.static_range(len(rows)):
+        at = (rows[j] * (K // 64) + block).to(tl.uint32) // (BLOCK // 64)
+        s = tl.load(absmax_ptr + at, mask=more != 0)
+        s2 = s
+        if NESTED:
+            s2 = tl.load(absmax2_ptr + at // 256, mask=more != 0)
+        held = held + (s, s2)
+    return held
 
 
 @triton.jit
@@ -250,8 +286,7 @@ def token4_kernel(
     offsets = (0.0, 0.0)
     if NESTED:
         offsets = (tl.load(one[4]), tl.load(other[4]))
-    pairs_at, sums_at, flags_at = shared(thread)
-    room_at = make_room(thread)
+    pairs_at, sums_at, flags_at, room_at = rooms(thread)
     start_flags(flags_at, yes * WARPS)
     if LOOK:
         for i in tl.static_range((255 + 32 * WARPS) // (32 * WARPS)):

@@ -13,23 +13,40 @@ from lora.kernels import gemv4_kernel as kernel
 from lora.kernels._triton import tl, triton
 from lora.kernels.code4 import Weight4, byte_table
 from lora.kernels.dispatch import INTERPRETED
-from lora.kernels.gemv4 import can_gemv4, down, gemv4, gemv4_group, permute_table
+from lora.kernels.gemv4 import MEMORY, can_gemv4, down, gemv4, gemv4_group, permute_table
 from lora.kernels.linear4 import linears4
-from lora.kernels.warp import PAIRS, SUMS
+from lora.kernels.warp import PAIRS
 from lora.quant.weight import Packed, quantize_tensor
 
 pytestmark = pytest.mark.usefixtures("triton_device")
 
 
 # Programs run one behind the other in the interpreter, and all threads at once, so one memory will do for all
-SHARED = torch.zeros(PAIRS + SUMS, dtype=torch.uint8)
-PAIRS_AT, SUMS_AT = tl.constexpr(SHARED.data_ptr()), tl.constexpr(SHARED.data_ptr() + PAIRS)
+SHARED = torch.zeros(PAIRS + MEMORY, dtype=torch.uint8)
+PAIRS_AT, MEMORY_AT = tl.constexpr(SHARED.data_ptr()), tl.constexpr(SHARED.data_ptr() + PAIRS)
 
 
 @triton.jit
 def shared(like):
     zero = tl.zeros_like(like).to(tl.int64)
-    return zero + PAIRS_AT, zero + SUMS_AT, zero
+    return zero + PAIRS_AT, zero, zero + MEMORY_AT
+
+
+@triton.jit
+def copy16(to, p, have):
+    from_, to_, ok = p.to(tl.pointer_type(tl.int64)), to.to(tl.pointer_type(tl.int64)), have != 0
+    tl.store(to_, tl.load(from_, mask=ok, other=-1), mask=ok)
+    tl.store(to_ + 1, tl.load(from_ + 1, mask=ok, other=-1), mask=ok)
+
+
+@triton.jit
+def sent(like):
+    pass
+
+
+@triton.jit
+def arrived(like, later: tl.constexpr):
+    pass
 
 
 @triton.jit
@@ -84,9 +101,9 @@ def sum_parts(value, PARTS: tl.constexpr):
 
 
 @triton.jit
-def load8(p, have):
-    words = p.to(tl.pointer_type(tl.int32))
-    return tl.load(words, mask=have != 0, other=-1), tl.load(words + 1, mask=have != 0, other=-1)
+def get8(at):
+    words = at.to(tl.pointer_type(tl.int32))
+    return tl.load(words), tl.load(words + 1)
 
 
 @triton.jit
@@ -170,8 +187,8 @@ def mma(a0, a1, a2, a3, b0, b1, c0, c1, c2, c3, HALF: tl.constexpr):
 def definitions(monkeypatch: pytest.MonkeyPatch) -> None:
     if INTERPRETED:
         stands = (
-            shared, start_flags, raise_flag, wait_flag, put_same, put4, get, sum_parts, look8, decode8, load8, load32,
-            from_lane, mma,
+            shared, copy16, sent, arrived, start_flags, raise_flag, wait_flag, put_same, put4, get, get8, sum_parts,
+            look8, decode8, load32, from_lane, mma,
         )  # fmt: skip
         for function in stands:
             monkeypatch.setattr(kernel, function.fn.__name__, function)
@@ -224,7 +241,7 @@ def test_gemv4_errs_less_than_a_rounded_weight(
     assert torch.equal(got, call(x, p))
 
 
-@pytest.mark.parametrize("plan", [(1, 4, 1, 2, 4), (2, 2, 2, 0, 4), (2, 1, 1, 4, 8), (1, 1, 2, 1, 16)], ids=str)
+@pytest.mark.parametrize("plan", [(1, 4, 2, 2, 4), (2, 2, 3, 0, 4), (2, 1, 4, 4, 8), (1, 1, 5, 1, 16)], ids=str)
 @pytest.mark.parametrize(("N", "K", "M"), [(72, 1088, 3), (130, 512, 11)])
 def test_gemv4_is_right_by_any_plan(
     triton_device: torch.device, monkeypatch: pytest.MonkeyPatch, plan: tuple[int, ...], N: int, K: int, M: int
@@ -309,7 +326,7 @@ def test_gemv4_takes_or_refuses_what_begins_anywhere(triton_device: torch.device
     assert torch.equal(call(x[1:].view(3, 64), p), call(whole, p))
     q = torch.cat((torch.zeros(1, dtype=torch.uint8, device=triton_device), p.q.view(-1)))[1:]
     assert not can_gemv4(whole, q, 64, 64)
-    with pytest.raises(ValueError, match="8 bytes"):
+    with pytest.raises(ValueError, match="16 bytes"):
         gemv4(whole, weight(p)._replace(q=q))
 
 

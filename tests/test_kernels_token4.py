@@ -10,24 +10,32 @@ from lora.kernels import token4 as launch
 from lora.kernels._triton import tl, triton
 from lora.kernels.dispatch import INTERPRETED
 from lora.kernels.token4 import Shares, can_token4, token4, token4_add, token4_gate
-from lora.kernels.warp import ROOM
+from lora.kernels.warp import PAIRS, ROOM, SUMS
 from lora.quant.weight import Packed
 
 pytestmark = pytest.mark.usefixtures("triton_device", "definitions", "memory")
 __all__ = ["definitions"]
 
-KEPT = torch.zeros(ROOM, dtype=torch.uint8)
-KEPT_AT = tl.constexpr(KEPT.data_ptr())
+MEMORY = torch.zeros(PAIRS + SUMS + ROOM, dtype=torch.uint8)
+PAIRS_AT, SUMS_AT = tl.constexpr(MEMORY.data_ptr()), tl.constexpr(MEMORY.data_ptr() + PAIRS)
+ROOM_AT = tl.constexpr(MEMORY.data_ptr() + PAIRS + SUMS)
 
 
 @triton.jit
-def make_room(like):
-    return tl.zeros_like(like).to(tl.int64) + KEPT_AT
+def rooms(like):
+    zero = tl.zeros_like(like).to(tl.int64)
+    return zero + PAIRS_AT, zero + SUMS_AT, zero, zero + ROOM_AT
+
+
+@triton.jit
+def load8(p, have):
+    words = p.to(tl.pointer_type(tl.int32))
+    return tl.load(words, mask=have != 0, other=-1), tl.load(words + 1, mask=have != 0, other=-1)
 
 
 @triton.jit
 def room(like):
-    return tl.zeros_like(like).to(tl.int64) + KEPT_AT
+    return tl.zeros_like(like).to(tl.int64) + ROOM_AT
 
 
 @triton.jit
@@ -56,10 +64,10 @@ def memory(monkeypatch: pytest.MonkeyPatch, definitions: None) -> None:
     if INTERPRETED:
         from lora.kernels import gemv4_kernel
 
-        for name in ("shared", "start_flags", "raise_flag", "wait_flag", "put_same", "put4", "get", "sum_parts",
+        for name in ("start_flags", "raise_flag", "wait_flag", "put_same", "put4", "get", "sum_parts",
                      "decode8", "from_lane", "mma"):  # fmt: skip
             monkeypatch.setattr(token4_kernel, name, getattr(gemv4_kernel, name))
-        for function in (make_room, room, put1, put_half, get_half, prefetch):
+        for function in (rooms, load8, room, put1, put_half, get_half, prefetch):
             monkeypatch.setattr(token4_kernel, function.fn.__name__, function)
 
 
