@@ -282,7 +282,8 @@ class Decoder:
 
         reading, x = self.now.reading, self.model.model.embed_tokens(self.token)
         if reading.in_five(x):
-            h = reading.token(x, attend_one, early)
+            early = False  # 10 % slower: programs that wait keep a multiprocessor from those that work (LOG.md)
+            h = reading.token(x, attend_one)
         else:
             h = reading.forward(x, lambda layer, *qkv: attend_one(layer, None, *qkv)[0], early)
         return self.model.lm_head(h)
