@@ -81,10 +81,6 @@ def swiglu_backward_formula(dh: Tensor, g: Tensor, u: Tensor) -> Tensors:
     return dg.to(g.dtype), (dh.float() * g.float() * sigma).to(g.dtype)
 
 
-def swiglu_backward_h_formula(dh: Tensor, g: Tensor, u: Tensor) -> Tensors:
-    return *swiglu_backward_formula(dh, g, u), swiglu_formula(g, u)
-
-
 def softmax_formula(z: Tensor, t: Tensor) -> Tensors:
     logp = torch.log_softmax(z.float(), dim=-1)
     at = logp.gather(1, t[:, None])
@@ -262,13 +258,6 @@ CASES = [
         swiglu_backward_formula,
     ),
     Case(
-        "swiglu backward h",
-        6 * GATE,
-        lambda: (values(M, I), values(M, I), values(M, I)),
-        lambda dh, g, u: swiglu.swiglu_backward(dh, g, u, with_h=True),
-        swiglu_backward_h_formula,
-    ),
-    Case(
         "cross_entropy overwrite",
         2 * LOGITS,
         lambda: (values(CHUNK, V), words(CHUNK)),
@@ -371,7 +360,6 @@ SWEEP: dict[str, list[tuple[Any, str, list[Any]]]] = {
     "swiglu forward": [(swiglu, "tile", GATE_TILES)],
     "swiglu backward": [(swiglu, "tile", GATE_TILES)],
     "swiglu backward halves": [(swiglu, "tile", GATE_TILES)],
-    "swiglu backward h": [(swiglu, "tile", GATE_TILES)],
     "cross_entropy overwrite": [(cross_entropy, "tile", WALKS)],
     "cross_entropy forward": [(cross_entropy, "tile", WALKS)],
     "cross_entropy backward": [(cross_entropy, "tile", WALKS)],

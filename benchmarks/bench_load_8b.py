@@ -1,25 +1,34 @@
 """How long does a 16-bit checkpoint of 8B take into NF4 on the GPU, and in how much memory, beside transformers?
 
 A checkpoint of Llama-3.1-8B's shape with random bfloat16 weights is written in shards of at most 5 GB, and read once,
-so that it lies in the page cache for both.  Each side loads it in a process of its own, by turns, after a checkpoint of
-a few MB: what a first call imports and compiles is `first`.  Nested NF4, the head left dense, on either side.
+so that it lies in the page cache for both.  Each side loads it twice in processes of its own, by turns.  Nested NF4,
+the head left dense, on either side.
+    imports  from the process's start: Python, torch, the library
+    first    the first load of the process, with all that it imports and compiles.  Ours needs two kernels of Triton's:
+             `cache` empty: compiled, as by the first process ever; kept: found where that one left them
+    seconds  the second load, all warm
+    modules  Python modules that the first load imported
     result   bytes of the loaded model on the GPU
     peak     torch's peak over the result: what loading needed besides
     host     largest resident size of the process, and what of it stood before the call
+    forward  the first forward, of four tokens, which compiles too
 
 usage: python benchmarks/bench_load_8b.py [--folder DIR] [--layers 32] [--rounds 2] [--save]
 The folder gets 16 GB, and is removed afterwards if it was not there before.
 """
 
 import argparse
+import gc
 import importlib.util
 import json
+import os
 import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -100,8 +109,8 @@ def theirs(folder: Path) -> Any:
     )
 
 
-def one(who: str, folder: Path) -> dict[str, Any]:
-    """One side's row, measured in this process."""
+def one(who: str, folder: Path, started: float) -> dict[str, Any]:
+    """One side's row, measured in this process, which was asked for at `started` and has loaded nothing before."""
     if who == "ours":
         import lora.models.load
         import lora.quant.linear  # noqa: F401
@@ -109,34 +118,49 @@ def one(who: str, folder: Path) -> dict[str, Any]:
         import accelerate  # noqa: F401
         import bitsandbytes  # noqa: F401
         from transformers import AutoModelForCausalLM, BitsAndBytesConfig  # noqa: F401
+    row: dict[str, Any] = {"who": who, "imports": round(time.time() - started, 2)}
     on_gpu = torch.cuda.is_available()
     if on_gpu:
         torch.zeros(1, device="cuda")
         torch.cuda.synchronize()
-    before = resident_peak()
+    before, modules = resident_peak(), len(sys.modules)
     load = {"ours": ours, "theirs": theirs}[who]
-    took = []
-    for place in (folder / "tiny", folder):
+    for turn in ("first", "seconds"):
+        model = None
+        gc.collect()
         start = time.perf_counter()
-        model = load(place)
+        model = load(folder)
         if on_gpu:
             torch.cuda.synchronize()
-        took.append(round(time.perf_counter() - start, 2))
-    row: dict[str, Any] = {"who": who, "seconds": took[1], "first": took[0]}
-    if on_gpu:
-        result = torch.cuda.memory_allocated()
-        row |= {
-            "result_gib": round(result / GIB, 3),
-            "peak_over_gib": round((torch.cuda.max_memory_allocated() - result) / GIB, 3),
-            "reserved_gib": round(torch.cuda.max_memory_reserved() / GIB, 3),
-        }
-    row["host_gib"] = round(resident_peak() / GIB, 3)
-    row["host_before_gib"] = round(before / GIB, 3)
+        row[turn] = round(time.perf_counter() - start, 2)
+        if turn == "first":
+            row["modules"] = len(sys.modules) - modules
+            if on_gpu:
+                result = torch.cuda.memory_allocated()
+                row |= {
+                    "result_gib": round(result / GIB, 3),
+                    "peak_over_gib": round((torch.cuda.max_memory_allocated() - result) / GIB, 3),
+                    "reserved_gib": round(torch.cuda.max_memory_reserved() / GIB, 3),
+                }
+            row["host_gib"] = round(resident_peak() / GIB, 3)
+            row["host_before_gib"] = round(before / GIB, 3)
+    assert model is not None
     with torch.no_grad():  # it is a model that runs
         ids = torch.zeros(1, 4, dtype=torch.int64, device="cuda" if on_gpu else "cpu")
+        start = time.perf_counter()
         y = model(ids)
         assert (y if torch.is_tensor(y) else y.logits).isfinite().all()
+        row["forward"] = round(time.perf_counter() - start, 2)
     return row
+
+
+def turns(rounds: int, rivals: bool, caches: Path) -> Iterator[tuple[str, str, Path]]:
+    """Side, state of Triton's cache and its folder, one process after the other: each second round goes backwards."""
+    for i in range(rounds):
+        cache = caches / str(i)  # filled by the first process that gets it, and found by the second
+        order = [("ours", "empty", cache), ("ours", "kept", cache)]
+        other = [("theirs", "empty", caches / "theirs")] if rivals else []
+        yield from order + other if i % 2 == 0 else other + order
 
 
 def main() -> None:
@@ -147,10 +171,11 @@ def main() -> None:
     parser.add_argument("--vocab", type=int, default=128256)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--one", choices=("ours", "theirs"), help="(used by the script itself)")
+    parser.add_argument("--started", type=float, help="(used by the script itself)")
     parser.add_argument("--save", action="store_true", help="write results/load_8b-gpu.json")
     args = parser.parse_args()
     if args.one:
-        print(json.dumps(one(args.one, args.folder)))
+        print(json.dumps(one(args.one, args.folder, args.started)))
         return
     folder = args.folder or Path(tempfile.mkdtemp(prefix="load-8b-"))
     kept = folder.exists() and args.folder is not None
@@ -159,31 +184,31 @@ def main() -> None:
         start = time.perf_counter()
         if not (folder / "model.safetensors.index.json").is_file():
             write(folder, args.layers, args.hidden, args.vocab)
-        (folder / "tiny").mkdir(exist_ok=True)
-        write(folder / "tiny", 1, 512, 512)
         size = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
         for file in folder.glob("*.safetensors"):
             with file.open("rb") as f:
                 while f.read(2**26):
                     pass
         print(f"{size / 1e9:.2f} GB written and read in {time.perf_counter() - start:.0f} s", flush=True)
-        sides = ["ours"]
-        if importlib.util.find_spec("bitsandbytes") and importlib.util.find_spec("transformers"):
-            sides.append("theirs")
+        rivals = all(importlib.util.find_spec(name) for name in ("bitsandbytes", "transformers"))
         rows: list[dict[str, Any]] = []
-        for turn in range(args.rounds):
-            for who in sides if turn % 2 == 0 else sides[::-1]:
-                words = [sys.executable, __file__, "--one", who, "--folder", str(folder)]
-                done = subprocess.run(words, capture_output=True, text=True)
-                if done.returncode:
-                    rows.append({"who": who, "error": done.stderr.strip().splitlines()[-1][:300]})
-                else:
-                    rows.append(json.loads(done.stdout.strip().splitlines()[-1]) | {"gb": round(size / 1e9, 2)})
-                print(rows[-1], flush=True)
-        took = {who: [r["seconds"] for r in rows if r["who"] == who and "seconds" in r] for who in sides}
-        for who, seconds in took.items():
-            if seconds:
-                print(f"{who}: median {statistics.median(seconds):.2f} s, {size / 1e9 / min(seconds):.1f} GB/s at best")
+        for who, cache, place in turns(args.rounds, rivals, folder / "triton"):
+            words = [sys.executable, __file__, "--one", who, "--folder", str(folder), "--started", str(time.time())]
+            env = os.environ | {"TRITON_CACHE_DIR": str(place)}
+            done = subprocess.run(words, capture_output=True, text=True, env=env)
+            row: dict[str, Any] = {"who": who}
+            if done.returncode:
+                row["error"] = done.stderr.strip().splitlines()[-1][:300]
+            else:
+                row = json.loads(done.stdout.strip().splitlines()[-1]) | {"gb": round(size / 1e9, 2)}
+            rows.append(row | ({"cache": cache} if who == "ours" else {}))
+            print(rows[-1], flush=True)
+        for side in (("ours", "empty"), ("ours", "kept"), ("theirs", None)):
+            found = [r for r in rows if (r["who"], r.get("cache")) == side and "seconds" in r]
+            if found:
+                medians = {key: statistics.median(r[key] for r in found) for key in ("imports", "first", "seconds")}
+                told = "  ".join(f"{key} {value:.2f} s" for key, value in medians.items())
+                print(f"{side[0]}, cache {side[1]}: {told}  {size / 1e9 / medians['seconds']:.1f} GB/s")
         finish("load_8b", rows, args.save)
     finally:
         if not kept:

@@ -2,11 +2,14 @@
 
 Llama's shapes with random weights, NF4 with double quantization, LoRA on all linears, bfloat16, every token learned,
 AdamW with 32-bit states.  Forward, backward, clipping and the optimizer's step are timed; median of the steps after a
-warm-up; peak of torch.cuda.max_memory_allocated.  Each case runs in a process of its own.
+warm-up; peak of torch.cuda.max_memory_allocated.  One model serves all cases; what a case leaves behind is cleared.
+Rivals run in processes of their own.
 
-usage: python benchmarks/bench_step.py [--case BATCHxLENGTH:KEEP ...]  KEEP: of fused.KEEPS, or a budget such as 36GiB
-       [--shape 8b|70b|1b|3b] [--layers N] [--r 16] [--compute bf16|fp8] [--eager] [--profile] [--save]
-       [--peer hf unsloth]     the same sizes by rivals (8b only), the fastest of their settings within the budget
+usage: python benchmarks/bench_step.py [--case BATCHxLENGTH:KEEP[:fp8] ...]
+       KEEP: of fused.KEEPS, or a budget such as 36GiB; fp8: the frozen base's products in 8 bits
+       [--shape 8b|70b|1b|3b] [--layers N] [--r 16] [--eager] [--profile] [--save]
+       [--peer hf unsloth]     the same sizes by rivals (8b only), the fastest of their settings within the budget;
+                               hf at the first size alone
        [--through fit]         by lora.fit on packed rows instead, and what that keeps of the bare step's tokens/s
        [--longest [TOKENS]]    the longest row of batch 1 that trains, by bisection, or whether this one does; --layers
                                with --ballast leaves blocks out of the time and their bytes in memory
@@ -14,24 +17,24 @@ usage: python benchmarks/bench_step.py [--case BATCHxLENGTH:KEEP ...]  KEEP: of 
 
 import argparse
 import dataclasses
-import json
+import gc
+import math
+import shutil
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from models import SHAPES, at_random
-from result import finish, peer_rows
+from result import finish, keep, peer_rows
 from timing import copy_gb_s, matmul_tflop_s
 
 import lora
 from lora.kernels.scratch import mine
-from lora.models.budget import parse_bytes
-from lora.models.host import Host
+from lora.models.budget import CUBLAS, free_bytes, keep_on_gpu, kept_bytes, parse_bytes
+from lora.models.host import Host, host_room
 from lora.models.llama import Llama
 from lora.render import Batch
 from lora.train import graph
@@ -39,29 +42,60 @@ from lora.train.dryrun import even_batch
 from lora.train.graph import Graphs
 from lora.train.optim import AdamW
 
-CASES = ["4x2048:36GiB", "4x2048:8.2GiB", "1x8192:8.2GiB", "1x512:36GiB"]
+CASES = [
+    "4x2048:36GiB", "4x2048:36GiB:fp8", "4x2048:8.2GiB", "4x2048:8.2GiB:fp8", "1x512:36GiB", "1x8192:8.2GiB",
+]  # fmt: skip
 NONE_FROM = 16 * 2**30  # of a budget, from which on rivals are tried without checkpointing too
 SLACK = 1.02  # of a budget that a rival may take: Unsloth's own figure for 36 GiB is 36.3
 
 
-def model_of(args: argparse.Namespace) -> tuple[Llama, AdamW]:
-    """The model and its optimizer on the GPU."""
+class Case(NamedTuple):
+    batch: int
+    length: int
+    keep: str
+    compute: Any  # bf16 or fp8
+
+    @classmethod
+    def of(cls, text: str) -> "Case":
+        size, keep, compute, *_ = [*text.split(":"), "", ""]
+        batch, length = (int(n) for n in size.split("x"))
+        return cls(batch, length, keep or "all", compute or "bf16")
+
+    @property
+    def budget(self) -> int | None:
+        return parse_bytes(self.keep) if self.keep.endswith("GiB") else None
+
+
+def model_of(args: argparse.Namespace) -> Llama:
+    """The model on the GPU."""
     config = SHAPES[args.shape]
-    model = at_random(dataclasses.replace(config, num_layers=args.layers or config.num_layers), r=args.r)
-    model.keeping.compute = args.compute
-    return model, AdamW([p for p in model.parameters() if p.requires_grad])
+    return at_random(dataclasses.replace(config, num_layers=args.layers or config.num_layers), r=args.r)
 
 
-def measure(model: Llama, optimizer: AdamW, batch: int, length: int, keep: str, steps: int, profile: bool) -> dict:
-    """One row of the table."""
-    keeping = model.keeping
-    keeping.keep, keeping.chosen, keeping.budget = keep, (0, []), None
-    if keep.endswith("GiB"):
-        keeping.keep, keeping.budget = None, parse_bytes(keep)
+def optimizer_of(model: Llama) -> AdamW:
+    return AdamW([p for p in model.parameters() if p.requires_grad])
+
+
+def clear(model: Llama) -> None:
+    """Gives back what steps leave behind: reused buffers, pinned memory, libraries' workspaces, gradients."""
+    model.keeping.chosen, model.keeping.host = (0, []), Host()
+    mine().clear()
+    model.zero_grad(set_to_none=True)
+    gc.collect()
+    torch._C._cuda_clearCublasWorkspaces()
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
-    base = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
+
+
+def measure(model: Llama, case: Case, steps: int, profile: bool) -> dict:
+    """One row of the table."""
+    (batch, length, keep, compute), keeping = case, model.keeping
+    keeping.compute, keeping.budget, keeping.chosen = compute, case.budget, (0, [])
+    keeping.keep = None if case.budget else keep
+    clear(model)
+    optimizer = optimizer_of(model)
+    base = torch.cuda.memory_allocated()
     seconds = []
     graphs = Graphs(model)
     for _ in range(steps + 3):
@@ -81,11 +115,18 @@ def measure(model: Llama, optimizer: AdamW, batch: int, length: int, keep: str, 
         print(p.key_averages().table(sort_by="cuda_time_total", row_limit=40, max_name_column_width=70))
     took = statistics.median(seconds[3:])
     return {
-        "who": "ours", "batch": batch, "length": length, "keep": keep, "compute": keeping.compute,
+        "who": "ours", "batch": batch, "length": length, "keep": keep, "compute": compute,
         "ms": round(1e3 * took, 1), "tok_s": round(batch * length / took),
         "peak_GiB": round(torch.cuda.max_memory_allocated() / 2**30, 2), "base_GiB": round(base / 2**30, 2),
-        "blocks_whole": keeping.chosen[1].count("all"), "graph": bool(graphs.graphs), "loss": round(loss.item(), 3),
+        "blocks_whole": keeping.chosen[1].count("all"), "graph": bool(graphs.graphs), "loss": round(finite(loss), 3),
     }  # fmt: skip
+
+
+def finite(loss: torch.Tensor) -> float:
+    """Its value.  Numbers that are none take less power to multiply, and so less time: they are no measurement."""
+    if not math.isfinite(loss.item()):
+        raise ArithmeticError(f"the loss is {loss.item()}")
+    return loss.item()
 
 
 def batch_of(model: Llama, batch: int, length: int) -> Batch:
@@ -105,13 +146,14 @@ def one(graphs: Graphs, optimizer: AdamW, data: Batch) -> torch.Tensor:
 
 
 # ---- through lora.fit ----
-def through_fit(model: Llama, batch: int, length: int, keep: str, steps: int, folder: Path) -> dict:
+def through_fit(model: Llama, case: Case, steps: int, folder: Path) -> dict:
     """lora.fit on texts of 100 to 1,000 tokens packed into rows of `length`; its own tokens/s, median of the steps."""
     from tokenizers import Tokenizer as Words
     from tokenizers import models, pre_tokenizers
 
     from lora.models.tokenizer import Tokenizer
 
+    batch, length, keep, _ = case
     vocab = {"</s>": 0} | {f"w{i}": i for i in range(1, 2000)}
     words = Words(models.WordLevel(vocab, unk_token="w1"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -126,9 +168,9 @@ def through_fit(model: Llama, batch: int, length: int, keep: str, steps: int, fo
     texts = [{"prompt": row["prompt"], "completion": row["completion"]} for row in rows]
     config = lora.TrainConfig(
         batch=batch, pack=True, max_length=length, max_steps=steps + 4, learn="all", probe=False, progress=False,
-        budget=keep if keep.endswith("GiB") else None, lr=1e-4,
+        budget=keep if case.budget else None, lr=1e-4, compute=case.compute,
     )  # fmt: skip
-    torch.cuda.reset_peak_memory_stats()
+    clear(model)
     run = lora.fit(model, Tokenizer.from_directory(folder), texts, config=config)
     wall = [h["tokens_per_second"] for h in run.history if "tokens_per_second" in h][4:]
     return {
@@ -141,7 +183,8 @@ def through_fit(model: Llama, batch: int, length: int, keep: str, steps: int, fo
 # ---- the longest row ----
 def longest(args: argparse.Namespace) -> list[dict]:
     """Rows for each length tried, the last the longest that trained."""
-    model, optimizer = model_of(args)
+    model = model_of(args)
+    optimizer = optimizer_of(model)
     missing = SHAPES[args.shape].num_layers - model.config.num_layers
     kept = []
     if args.ballast and missing:  # the bytes of the blocks that are left out: weights, factors and their states
@@ -151,10 +194,14 @@ def longest(args: argparse.Namespace) -> list[dict]:
     rows: list[dict] = []
 
     def trains(tokens: int) -> bool:
-        model.keeping.keep, model.keeping.chosen, model.keeping.host = None, (0, []), Host()
-        mine().clear()
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
+        clear(model)
+        states = []
+        if kept:  # blocks keep what all of them together could, and what those left out would keep takes memory too
+            w = model.keeping.widths._replace(blocks=missing + model.config.num_layers)
+            words = keep_on_gpu(w, tokens, 2, free_bytes(torch.device("cuda")) - 2 * CUBLAS, host=host_room())
+            model.keeping.keep = words[missing:]
+            size = sum(kept_bytes(w, word, tokens, 2) for word in words[:missing])
+            states = [torch.empty(size, dtype=torch.uint8, device="cuda")]
         start = time.perf_counter()
         try:
             loss = one(Graphs(model), optimizer, batch_of(model, 1, tokens))
@@ -165,11 +212,12 @@ def longest(args: argparse.Namespace) -> list[dict]:
             optimizer.zero_grad()
         row = {
             "who": "ours", "longest": tokens, "r": args.r, "layers": model.config.num_layers, "ballast": bool(kept),
-            "keep": sorted(set(model.keeping.chosen[1])), **found,
+            "keep": sorted(set(model.keeping.keep or model.keeping.chosen[1])), **found,
             "peak_GiB": round(torch.cuda.max_memory_allocated() / 2**30, 2),
             "reserved_GiB": round(torch.cuda.max_memory_reserved() / 2**30, 2),
             "host_GiB": round(model.keeping.host.nbytes() / 2**30, 2),
         }  # fmt: skip
+        del states
         rows.append(row)
         print(row, flush=True)
         return "error" not in row
@@ -188,21 +236,21 @@ def longest(args: argparse.Namespace) -> list[dict]:
 
 
 # ---- rivals ----
-def rivals(kinds: list[str], cases: list[str], r: int, layers: int) -> list[dict]:
-    """Their rows, and for each case the fastest of a rival's settings within its budget, as `best`."""
-    rows: list[dict] = []
-    with tempfile.TemporaryDirectory() as folder:
-        for kind in ("hf", "unsloth"):  # hf writes what unsloth loads
-            if kind not in kinds and "unsloth" not in kinds:
-                continue
-            sizes = dict.fromkeys(f"{case.partition(':')[0]}:offload" for case in cases)
-            if kind == "unsloth":
-                roomy = [c for c in cases if c.endswith("GiB") and parse_bytes(c.partition(":")[2]) >= NONE_FROM]
-                sizes |= dict.fromkeys(f"{case.partition(':')[0]}:none" for case in roomy)
-            asked = list(sizes) if kind in kinds else []
-            write = ["--write"] if kind == "hf" and "unsloth" in kinds else []
-            rows += peer_rows("peer_step.py", kind, folder, *asked, "--r", str(r), "--layers", str(layers), *write)
-    return rows
+def roomy() -> str | None:
+    """Where a checkpoint of 6 GB is written quickest: in memory, where there is enough of that."""
+    memory = Path("/dev/shm")
+    return str(memory) if memory.is_dir() and shutil.disk_usage(memory).free > 16 * 2**30 else None
+
+
+def rivals(kind: str, write: bool, cases: list[Case], folder: str, r: int, layers: int) -> list[dict]:
+    """The rows of one rival; hf can `write` what unsloth loads into the folder, and takes the first size alone."""
+    sizes = dict.fromkeys(f"{c.batch}x{c.length}:offload" for c in cases)
+    if kind == "hf":
+        sizes = dict.fromkeys(list(sizes)[:1])
+    else:
+        sizes |= dict.fromkeys(f"{c.batch}x{c.length}:none" for c in cases if (c.budget or 0) >= NONE_FROM)
+    more = ["--write"] if write else []
+    return peer_rows("peer_step.py", kind, folder, *sizes, "--r", str(r), "--layers", str(layers), *more)
 
 
 def beside(ours: list[dict], theirs: list[dict]) -> list[dict]:
@@ -211,7 +259,8 @@ def beside(ours: list[dict], theirs: list[dict]) -> list[dict]:
     for row in ours:
         if "tok_s" not in row or row["who"] != "ours":
             continue
-        limit = SLACK * parse_bytes(row["keep"]) / 2**30 if row["keep"].endswith("GiB") else float("inf")
+        case = Case(row["batch"], row["length"], row["keep"], row["compute"])
+        limit = SLACK * case.budget / 2**30 if case.budget else float("inf")
         for who in dict.fromkeys(r["who"] for r in theirs):
             same = [
                 r
@@ -224,7 +273,7 @@ def beside(ours: list[dict], theirs: list[dict]) -> list[dict]:
                 best = max(fit, key=lambda r: r["tok_s"])
                 table.append(
                     {
-                        "case": f"{row['batch']}x{row['length']}:{row['keep']}",
+                        "case": f"{case.batch}x{case.length}:{case.keep}:{case.compute}",
                         "rival": who,
                         "speed": round(row["tok_s"] / best["tok_s"], 2),
                         "memory": round(row["peak_GiB"] / best["peak_GiB"], 2),
@@ -235,17 +284,6 @@ def beside(ours: list[dict], theirs: list[dict]) -> list[dict]:
     return table
 
 
-def alone(case: str, words: list[str]) -> list[dict]:
-    """The rows that this script prints for one case, run in a process of its own."""
-    printed = subprocess.run([sys.executable, __file__, *words, "--case", case], capture_output=True, text=True)
-    if printed.returncode:
-        rows = [{"case": case, "error": printed.stderr.strip().splitlines()[-1][:300]}]
-    else:
-        rows = json.loads(printed.stdout.strip().splitlines()[-1])["rows"]
-    print(*rows, sep="\n", flush=True)
-    return rows
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", nargs="+", default=CASES)
@@ -253,7 +291,6 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=0, help="0: the shape's own")
     parser.add_argument("--r", type=int, default=16)
     parser.add_argument("--steps", type=int, default=5)
-    parser.add_argument("--compute", choices=("bf16", "fp8"), default="bf16", help="of the frozen base's products")
     parser.add_argument("--eager", action="store_true", help="without CUDA graphs")
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--peer", nargs="+", choices=("hf", "unsloth"), default=[])
@@ -262,43 +299,52 @@ def main() -> None:
     parser.add_argument("--ballast", action="store_true", help="with --layers: memory of the blocks left out")
     parser.add_argument("--save", action="store_true")
     args = parser.parse_args()
-    name = Path(__file__).stem.removeprefix("bench_")
-    if (len(args.case) > 1 or args.peer) and not args.longest:
-        words, skip = [], False
-        for word in sys.argv[1:]:  # all but what is about cases and rivals
-            skip = word in ("--case", "--peer") or (skip and not word.startswith("--"))
-            if not skip and word != "--save":
-                words.append(word)
-        rows = [row for case in args.case for row in alone(case, words)]
-        theirs = rivals(args.peer, args.case, args.r, args.layers or 32) if args.peer else []
-        table = beside(rows, theirs)
-        print(*table, sep="\n")
-        finish(name, rows + theirs + table, args.save)
-        return
-    rows = [{"copy_GB_s": round(copy_gb_s()), "matmul_TFLOP_s": round(matmul_tflop_s())}]
-    print(rows[0], flush=True)
-    torch.cuda.empty_cache()
+    apart = [args.shape] * (args.shape != "8b") + ["longest"] * bool(args.longest) + ["fit"] * (args.through == "fit")
+    name = "_".join([Path(__file__).stem.removeprefix("bench_"), *apart])
     graph.RECORD = not args.eager
+    rows: list[dict] = []
+    theirs: list[dict] = []
+
+    def add(some: list[dict], new: list[dict]) -> None:
+        """Rows are printed as they come, and kept: a long run that is cut off loses one part."""
+        for row in new if some is rows else []:
+            print(row, flush=True)
+        some += new
+        if args.save:
+            keep(name, rows + theirs + beside(rows, theirs))
+
+    add(rows, [{"copy_GB_s": round(copy_gb_s()), "matmul_TFLOP_s": round(matmul_tflop_s())}])
+    torch.cuda.empty_cache()
     if args.longest:
         finish(name, rows + longest(args), args.save)
         return
-    size, _, keep = args.case[0].partition(":")
-    batch, length = (int(n) for n in size.split("x"))
-    model, optimizer = model_of(args)
-    try:
-        row = measure(model, optimizer, batch, length, keep or "all", args.steps, args.profile)
-        rows.append(row)
-        print(row, flush=True)
-        if args.through == "fit":
-            del optimizer
-            with tempfile.TemporaryDirectory() as folder:
-                again = through_fit(model, batch, length, keep or "all", max(12, args.steps), Path(folder))
-            again["of_the_step"] = round(again["tok_s"] / row["tok_s"], 3)
-            rows.append(again)
-            print(again, flush=True)
-    except torch.OutOfMemoryError as e:
-        rows.append({"case": args.case[0], "error": str(e).split(".")[0]})
-    finish(name, rows, args.save)
+    model = model_of(args)
+    factors = [p for p in model.parameters() if p.requires_grad]
+    fresh = [p.detach().cpu() for p in factors]
+    for text in args.case:
+        case = Case.of(text)
+        torch._foreach_copy_([p.detach() for p in factors], fresh)  # no case trains on where another ended
+        try:
+            add(rows, [measure(model, case, args.steps, args.profile)])
+            if args.through == "fit":
+                with tempfile.TemporaryDirectory() as folder:
+                    again = through_fit(model, case, max(12, args.steps), Path(folder))
+                add(rows, [again | {"of_the_step": round(again["tok_s"] / rows[-1]["tok_s"], 3)}])
+        except (torch.OutOfMemoryError, ArithmeticError) as e:
+            add(rows, [{"case": text, "error": str(e).split(".")[0]}])
+        clear(model)
+    del model
+    gc.collect()
+    torch.cuda.empty_cache()
+    with tempfile.TemporaryDirectory(dir=roomy()) as folder:
+        for kind in ("hf", "unsloth"):  # hf writes what unsloth loads
+            write = kind == "hf" and "unsloth" in args.peer
+            if kind in args.peer or write:
+                cases = [Case.of(case) for case in args.case] if kind in args.peer else []
+                add(theirs, rivals(kind, write, cases, folder, args.r, args.layers or 32))
+    table = beside(rows, theirs)
+    print(*table, sep="\n")
+    finish(name, rows + theirs + table, args.save)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import os
 import platform
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -39,16 +40,24 @@ def kept_rows(bench: str, keep: Callable[[dict[str, Any]], bool]) -> list[dict[s
 
 def finish(bench: str, rows: list[dict[str, Any]], save: bool) -> None:
     """Prints the JSON line and, with `save`, writes results/<bench>-<cpu or gpu>.json."""
-    document = {
+    if save:
+        keep(bench, rows)
+    print(json.dumps(_document(bench, rows)))
+
+
+def keep(bench: str, rows: list[dict[str, Any]]) -> None:
+    """Writes results/<bench>-<cpu or gpu>.json: a long run does so after each part, and a cut-off loses one part."""
+    _path(bench).write_text(json.dumps(_document(bench, rows), indent=1) + "\n")
+
+
+def _document(bench: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    return {
         "bench": bench,
         "date": datetime.date.today().isoformat(),
         "device": device_name(),
         "torch": torch.__version__,
         "rows": rows,
     }
-    if save:
-        _path(bench).write_text(json.dumps(document, indent=1) + "\n")
-    print(json.dumps(document))
 
 
 def resident_peak() -> int:
@@ -60,9 +69,15 @@ def resident_peak() -> int:
 def peer_rows(script: str, who: str, *words: str) -> list[dict[str, Any]]:
     """What a rival's script beside this file prints behind PEER, from a process of its own; a failure is a row too."""
     command = [sys.executable, str(Path(__file__).with_name(script)), who, *words]
-    told = subprocess.run(command, capture_output=True, text=True)
-    found = [json.loads(x.removeprefix("PEER")) for x in told.stdout.splitlines() if x.startswith("PEER")]
-    if told.returncode:
-        found.append({"who": who, "error": told.stderr.strip().splitlines()[-1][:300]})
-    print(*found, sep="\n", flush=True)
-    return found
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryFile("w+") as errors:
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True) as child:
+            for line in child.stdout or ():
+                if line.startswith("PEER"):
+                    rows.append(json.loads(line.removeprefix("PEER")))
+                    print(rows[-1], flush=True)
+        if child.returncode:
+            errors.seek(0)
+            rows.append({"who": who, "error": ([""] + errors.read().strip().splitlines())[-1][:300]})
+            print(rows[-1], flush=True)
+    return rows

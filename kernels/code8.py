@@ -20,7 +20,7 @@ from lora.kernels.code4 import NESTED, TINY
 from lora.kernels.dispatch import can_overlap, use_triton
 from lora.kernels.op import op
 
-ROWS, WARPS = 4, 8  # blocks of 256 scales and warps of a program: 4 scales a thread
+ROWS, WARPS = 8, 8  # blocks of 256 scales and warps of a program: 8 scales a thread
 
 
 # ---- reference ----
@@ -55,6 +55,7 @@ def _quantize8_kernel(
     TILE: tl.constexpr = ROWS * BLOCK
     row = tl.program_id(0).to(tl.int64) * ROWS
     if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     # the first three steps of the search, of one to four thresholds, need no look-up a value
     t128 = tl.load(thresholds_ptr + 127)

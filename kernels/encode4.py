@@ -24,7 +24,7 @@ from lora.kernels.op import op
 VALUES, VALUES_THREAD = 2048, 32
 # Programs, at most, each of which leaves one sum of its block scales.  One number for every GPU: what is added to what
 # does not depend on the card.
-PROGRAMS = 2048
+PROGRAMS = 4096
 FIXED = 28  # bits behind the point of the fixed-point numbers that cells of 32 bits compare
 
 
@@ -144,7 +144,7 @@ def _quantize_kernel(
     MAGIC: tl.constexpr,
     SCALE: tl.constexpr,
     WORDS: tl.constexpr,
-    EARLY: tl.constexpr,  # the launch behind this one may begin, and wait there
+    EARLY: tl.constexpr,  # launched before the launch in front of it ended, and lets the next one in
 ):
     # Flat tiles: in two dimensions Triton lays a look-up out another way than the loads, and moves every value
     HALF: tl.constexpr = ROWS * BLOCK // 2
@@ -153,7 +153,9 @@ def _quantize_kernel(
         tl.extra.cuda.gdc_launch_dependents()
     table = 0
     if cells_ptr.dtype.element_ty == tl.int32:
-        table = tl.load(cells_ptr + tl.arange(0, CELLS))
+        table = tl.load(cells_ptr + tl.arange(0, CELLS))  # no launch that may still run writes it
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
     sums = tl.zeros((ROWS,), tl.float64)
     row = tl.program_id(0).to(tl.int64) * ROWS
     hop = tl.num_programs(0).to(tl.int64) * ROWS
@@ -200,6 +202,7 @@ def _quantize4(w: Tensor, cells: Tensor, block: int) -> tuple[Tensor, Tensor, Te
     q = torch.empty((n + 1) // 2, dtype=torch.uint8, device=w.device)
     absmax = torch.empty(-(-n // block), dtype=torch.float32, device=w.device)
     sums = torch.empty(programs, dtype=torch.float64, device=w.device)
+    early = can_overlap(w.device)
     words = w.dtype == torch.bfloat16 and n % 2 == 0 and w.data_ptr() % 4 == 0
     if n:
         with torch.cuda.device_of(w):  # Triton launches on the current device, not on the tensors'
@@ -219,9 +222,10 @@ def _quantize4(w: Tensor, cells: Tensor, block: int) -> tuple[Tensor, Tensor, Te
                 MAGIC=1.5 * 2**25 / cells.numel(),
                 SCALE=2.0**FIXED,
                 WORDS=words,
-                EARLY=can_overlap(w.device),
+                EARLY=early,
                 num_warps=rows * block // (32 * VALUES_THREAD),
                 enable_fp_fusion=False,
+                **({"launch_pdl": True} if early else {}),
             )
     return q, absmax, sums
 

@@ -311,18 +311,20 @@ def forward(group: Group, xw: Tensor, t: Tensor | None = None, add: Tensor | Non
 
 
 def backward(
-    group: Group, dyw: Tensor, t: Tensor | None, out: Tensor | None = None, dbs: list[Tensor | None] | None = None
+    group: Group,
+    dyw: Tensor,
+    t: Tensor | None,
+    out: Tensor | None = None,
+    dbs: list[Tensor | None] | None = None,
+    through: bool = True,
 ):
     """dX (M, K), U (M, Σ r), by parts (k, M / k, Σ r), and db_i in turn, of dY in the first Σ N columns of dyw.
 
-    dyw is (M, Σ N + room), and its other columns are written here.  dX goes into `out` where given, and db_i are `dbs`
-    where given.
+    dyw is (M, Σ N + room), and its other columns are written here.  dX goes into `out` where given, is None where
+    nobody wants it (not `through`), and db_i are `dbs` where given.
     """
     K, R, N = group.K, sum(group.ranks), sum(group.sizes)
     dy, u = dyw[:, :N], None
-    room = dyw.shape[1] - N
-    buffer = wide(N + room, K, 0, dyw, "weight")
-    _decode(group.weights, buffer[:N])
     if R and group.parts > 1:
         assert t is not None
         u, dbs = _backward_parts(group, dy, t)
@@ -331,6 +333,11 @@ def backward(
         spread_b(group, b, scaled=True)
         u = dy @ b[:, :R]
     dbs = grad_b(group, dy, t) if dbs is None else dbs
+    if not through:
+        return None, u, dbs
+    room = dyw.shape[1] - N
+    buffer = wide(N + room, K, 0, dyw, "weight")
+    _decode(group.weights, buffer[:N])
     if room:
         if group.parts > 1:
             _fringe_parts(group, dyw[:, N:], u, ones=False)
@@ -345,8 +352,8 @@ def backward(
     torch.mm(dyw, buffer, out=out)
     for low, part, drop in zip(group.lows, columns(group, u), group.drop, strict=True):
         if low and part is not None and drop is not None:
-            through = torch.mm(part, low[0].detach().to(out.dtype), out=wide(out.shape[0], K, 0, out, "dropped"))
-            dropped(through, drop, out, add=True)
+            dx = torch.mm(part, low[0].detach().to(out.dtype), out=wide(out.shape[0], K, 0, out, "dropped"))
+            dropped(dx, drop, out, add=True)
     return out, u, dbs
 
 

@@ -135,10 +135,12 @@ def backward(
     t: Tensor | None,
     dbs: list[Tensor | None] | None = None,
     spend: bool = False,
-) -> tuple[Tensor, Tensor | None, list[Tensor | None]]:
+    through: bool = True,
+) -> tuple[Tensor | None, Tensor | None, list[Tensor | None]]:
     """dX (M, K), s U (M, Σ r) and db_i in turn, of dY (M, Σ N); db_i are `dbs` where given.
 
-    With `spend`, dY is written over: its rows hold their own rounding.
+    dX is None where nobody wants it (not `through`).  With `spend`, dY is written over: its rows hold their own
+    rounding.
     """
     K, N, R, more = group.K, sum(group.sizes), sum(group.ranks), room(group)
     u = None
@@ -147,6 +149,8 @@ def backward(
         spread_b(group, b, scaled=False)
         u = dy @ b[:, :R]
     dbs = fold.grad_b(group, dy, t) if dbs is None else dbs
+    if not through:
+        return None, None if u is None else fold.scaled(group, u), dbs
     w8 = _wide8(K, N, more, dy, "weight8")
     row = 0
     for w in group.weights:

@@ -90,18 +90,15 @@ def _backward_kernel(
     r_ptr,  # (M,) f32
     dx_ptr,  # (M, D)
     dw_ptr,  # (programs, D) f32 partial sums, written only with DW
-    y_ptr,  # (M, D) the forward's result again, written only with Y
     M,
     steps,  # blocks of ROWS rows a program
     dy_stride_m,
     ds_stride_m,
     x_stride_m,
     dx_stride_m,
-    y_stride_m,
     D: tl.constexpr,
     ADD: tl.constexpr,
     DW: tl.constexpr,
-    Y: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
     STAGES: tl.constexpr,  # steps whose rows are on their way or at work at once
@@ -124,9 +121,6 @@ def _backward_kernel(
         if ADD:
             dx += tl.load(ds_ptr + row * ds_stride_m + col, mask=mask, other=0.0).to(tl.float32)
         tl.store(dx_ptr + row * dx_stride_m + col, dx.to(dx_ptr.dtype.element_ty), mask=mask)
-        if Y:
-            y = (x * r).to(x_ptr.dtype.element_ty).to(tl.float32) * w
-            tl.store(y_ptr + row * y_stride_m + col, y.to(y_ptr.dtype.element_ty), mask=mask)
         if DW:
             dw += dy * (x * r)
     if DW:
@@ -250,9 +244,9 @@ def _(x: Tensor, residual: Tensor | None, w: Tensor, eps: float, out: Tensor) ->
 
 
 def _launch_backward(
-    dy: Tensor, ds: Tensor | None, x: Tensor, w: Tensor, r: Tensor, want_dw: bool, dx: Tensor, y: Tensor | None
+    dy: Tensor, ds: Tensor | None, x: Tensor, w: Tensor, r: Tensor, want_dw: bool, dx: Tensor
 ) -> Tensor:
-    """Writes dx and y, returns dw in the dtype of w (nothing in it unless wanted)."""
+    """Writes dx, returns dw in the dtype of w (nothing in it unless wanted)."""
     d = x.shape[-1]
     if not x.numel():
         return torch.zeros(d if want_dw else 0, dtype=w.dtype, device=x.device)
@@ -268,10 +262,9 @@ def _launch_backward(
     nbytes = ROWS * BLOCK_D * (dy.element_size() + x.element_size() + (0 if ds is None else added.element_size()))
     with torch.cuda.device_of(x):
         _backward_kernel[(programs,)](
-            dy, added, x, w, r.contiguous(), dx, part, dx if y is None else y, x.shape[0], steps,
+            dy, added, x, w, r.contiguous(), dx, part, x.shape[0], steps,
             dy.stride(0), added.stride(0), x.stride(0), dx.stride(-2) if dx.dim() > 1 else d,
-            d if y is None else y.stride(0),
-            D=d, ADD=ds is not None, DW=want_dw, Y=y is not None, ROWS=ROWS, BLOCK_D=BLOCK_D,
+            D=d, ADD=ds is not None, DW=want_dw, ROWS=ROWS, BLOCK_D=BLOCK_D,
             STAGES=_stages(nbytes, x.device) if want_dw else 1, num_warps=num_warps,
         )  # fmt: skip
         if want_dw:
@@ -284,14 +277,12 @@ def _backward_op(
     dy: Tensor, ds: Tensor | None, x: Tensor, w: Tensor, r: Tensor, want_dw: bool
 ) -> tuple[Tensor, Tensor]:
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    return dx, _launch_backward(dy, ds, x, w, r, want_dw, dx, None)
+    return dx, _launch_backward(dy, ds, x, w, r, want_dw, dx)
 
 
-@op("lora::rms_norm_backward_into", mutates=("dx", "y"))
-def _backward_into_op(
-    dy: Tensor, ds: Tensor | None, x: Tensor, w: Tensor, r: Tensor, dx: Tensor, y: Tensor | None
-) -> None:
-    _launch_backward(dy, ds, x, w, r, False, dx, y)
+@op("lora::rms_norm_backward_into", mutates=("dx",))
+def _backward_into_op(dy: Tensor, ds: Tensor | None, x: Tensor, w: Tensor, r: Tensor, dx: Tensor) -> None:
+    _launch_backward(dy, ds, x, w, r, False, dx)
 
 
 @_backward_op.register_fake
@@ -342,23 +333,16 @@ def rms_norm_backward(
     return dx if want_dx else None, dw if want_dw else None
 
 
-def rms_norm_backward_into(
-    dy: Tensor, ds: Tensor | None, x: Tensor, w: Tensor, r: Tensor, dx: Tensor, y: Tensor | None = None
-) -> None:
-    """`rms_norm_backward` of rows (M, d) into `dx`, and the forward's result again into `y`, of any row stride."""
-    for name, t in (("dx", dx), ("y", y)):
-        if t is None:
-            continue
-        if t.shape != x.shape or t.dim() != 2 or t.stride(1) != 1 or t.dtype != x.dtype:
-            raise ValueError(f"{name} is {t.dtype} {tuple(t.shape)}; it must be {x.dtype} {tuple(x.shape)}, (M, d)")
-    if use_triton(dy, x, w, r, dx, *(t for t in (ds, y) if t is not None)):
-        _backward_into_op(dy, ds, x, w, r, dx, y)
+def rms_norm_backward_into(dy: Tensor, ds: Tensor | None, x: Tensor, w: Tensor, r: Tensor, dx: Tensor) -> None:
+    """`rms_norm_backward` of rows (M, d) into `dx`, of any row stride."""
+    if dx.shape != x.shape or dx.dim() != 2 or dx.stride(1) != 1 or dx.dtype != x.dtype:
+        raise ValueError(f"dx is {dx.dtype} {tuple(dx.shape)}; it must be {x.dtype} {tuple(x.shape)}, (M, d)")
+    if use_triton(dy, x, w, r, dx, *(() if ds is None else (ds,))):
+        _backward_into_op(dy, ds, x, w, r, dx)
         return
     made, _ = _backward_ref(dy, ds, x, w, r, True, False)
     assert made is not None
     dx.copy_(made)
-    if y is not None:
-        y.copy_((x.float() * r).to(x.dtype) * w)
 
 
 # ---- autograd ----

@@ -46,6 +46,21 @@ def borrowed(buffers: dict[Any, Tensor]) -> Iterator[None]:
         _local.__dict__["buffers"] = own
 
 
+@contextlib.contextmanager
+def lent(stream: torch.cuda.Stream) -> Iterator[list[Tensor]]:
+    """Inside, `stream` uses this thread's buffers of the current stream, which must wait meanwhile: as it does while
+    `stream` records a CUDA graph.  The list holds them afterwards, and whoever replays the graph must hold it.
+    """
+    buffers, here, held = mine(), torch.cuda.current_stream().cuda_stream, list[Tensor]()
+    for (dtype, device, at, use), buffer in list(buffers.items()):
+        if at == here and device.type == "cuda":
+            buffers[dtype, device, stream.cuda_stream, use] = buffer
+    try:
+        yield held
+    finally:
+        held += [buffers.pop(key) for key in list(buffers) if key[2] == stream.cuda_stream]
+
+
 def keep_pages() -> bool:
     """Tells the C library to keep freed memory for the next allocation; whether it listened (glibc does).
 

@@ -1,11 +1,11 @@
 """SwiGLU's gate: h = silu(g) * u, silu(g) = g / (1 + exp(-g)).
 
     du = dh silu(g)       dg = dh u σ (1 + g (1 - σ)),  σ = 1 / (1 + exp(-g))
-Only g and u are kept; silu(g) is made again, and h too where the backward is asked for it.  g and u may be the two
-halves of one (M, 2I) buffer, and so may dg and du.  The kernel computes in float32 and rounds once.
+Only g and u are kept; silu(g) is made again.  g and u may be the two halves of one (M, 2I) buffer, and so may dg and
+du.  The kernel computes in float32 and rounds once.
 
-Bytes that must move, in tensors of M x I: forward 3, backward 5, with h 6.  For 8192 x 14336 in bfloat16 (235 MB a
-tensor) at 3.0 TB/s: 0.235, 0.392 and 0.470 ms.  Source: arXiv:2002.05202.
+Bytes that must move, in tensors of M x I: forward 3, backward 5.  For 8192 x 14336 in bfloat16 (235 MB a tensor) at
+3.0 TB/s: 0.235 and 0.392 ms.  Source: arXiv:2002.05202.
 """
 
 import torch
@@ -56,16 +56,13 @@ def _backward_kernel(
     u_ptr,
     dg_ptr,
     du_ptr,
-    h_ptr,  # written only with WITH_H
     I,
     dh_stride_m,
     g_stride_m,
     u_stride_m,
     dg_stride_m,
     du_stride_m,
-    h_stride_m,
     blocks,  # of a row
-    WITH_H: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     pid = tl.program_id(0)
@@ -80,8 +77,6 @@ def _backward_kernel(
     dg = dh * u * (sigma * (1.0 + g * (1.0 - sigma)))
     tl.store(dg_ptr + row * dg_stride_m + col, dg.to(dg_ptr.dtype.element_ty), mask=mask)
     tl.store(du_ptr + row * du_stride_m + col, (dh * silu).to(du_ptr.dtype.element_ty), mask=mask)
-    if WITH_H:
-        tl.store(h_ptr + row * h_stride_m + col, (silu * u).to(h_ptr.dtype.element_ty), mask=mask)
 
 
 # ---- launch ----
@@ -118,19 +113,16 @@ def _forward_op(g: Tensor, u: Tensor, h: Tensor) -> None:
         )
 
 
-@op("lora::swiglu_backward", mutates=("dg", "du", "h"))
-def _backward_op(dh: Tensor, g: Tensor, u: Tensor, dg: Tensor, du: Tensor, h: Tensor | None) -> None:
+@op("lora::swiglu_backward", mutates=("dg", "du"))
+def _backward_op(dh: Tensor, g: Tensor, u: Tensor, dg: Tensor, du: Tensor) -> None:
     if not g.numel():
         return
-    ts = _as_rows((dh, g, u), (dg, du) if h is None else (dg, du, h))
-    ts = ts if h is not None else [*ts, ts[3]]  # a pointer that is never written through
+    ts = _as_rows((dh, g, u), (dg, du))
     M, I = ts[0].shape
     BLOCK, num_warps = tile(I)
     blocks = -(-I // BLOCK)
     with torch.cuda.device_of(g):
-        _backward_kernel[(M * blocks,)](
-            *ts, I, *(t.stride(0) for t in ts), blocks, WITH_H=h is not None, BLOCK=BLOCK, num_warps=num_warps
-        )
+        _backward_kernel[(M * blocks,)](*ts, I, *(t.stride(0) for t in ts), blocks, BLOCK=BLOCK, num_warps=num_warps)
 
 
 def swiglu_forward(g: Tensor, u: Tensor, out: Tensor | None = None) -> Tensor:
@@ -144,31 +136,18 @@ def swiglu_forward(g: Tensor, u: Tensor, out: Tensor | None = None) -> Tensor:
 
 
 def swiglu_backward(
-    dh: Tensor,
-    g: Tensor,
-    u: Tensor,
-    with_h: bool = False,
-    out: tuple[Tensor, Tensor] | None = None,
-    h: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """dg, du and, with_h, the forward's h again; dg and du into `out` where given, such as a buffer's two halves.
-
-    `h` is where the forward's h goes.  All is element by element: dg, du and h may be written over g, u and dh.
-    """
+    dh: Tensor, g: Tensor, u: Tensor, out: tuple[Tensor, Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
+    """dg and du, into `out` where given, such as a buffer's two halves; g and u themselves will do."""
     dg, du = (None, None) if out is None else out
-    _check(g, dh=dh, u=u, dg=dg, du=du, h=h)
-    with_h = with_h or h is not None
+    _check(g, dh=dh, u=u, dg=dg, du=du)
     if not use_triton(dh, g, u):
         made = _backward_ref(dh, g, u)
-        again = _forward_ref(g, u) if with_h else None
-        h = again if h is None or again is None else h.copy_(again)
-        return (*made, h) if dg is None or du is None else (dg.copy_(made[0]), du.copy_(made[1]), h)
+        return made if dg is None or du is None else (dg.copy_(made[0]), du.copy_(made[1]))
     if dg is None or du is None:
         dg, du = (torch.empty(g.shape, dtype=g.dtype, device=g.device) for _ in range(2))
-    if with_h and h is None:
-        h = torch.empty(g.shape, dtype=g.dtype, device=g.device)
-    _backward_op(dh, g, u, dg, du, h)
-    return dg, du, h
+    _backward_op(dh, g, u, dg, du)
+    return dg, du
 
 
 def _check(g: Tensor, **others: Tensor | None) -> None:
@@ -178,7 +157,7 @@ def _check(g: Tensor, **others: Tensor | None) -> None:
                 f"g is {tuple(g.shape)} {g.dtype}, {name} {tuple(t.shape)} {t.dtype}; "
                 "SwiGLU needs one shape and one dtype"
             )
-        if t is not None and name in ("out", "dg", "du", "h") and t.numel() and t.stride(-1) != 1:
+        if t is not None and name in ("out", "dg", "du") and t.numel() and t.stride(-1) != 1:
             raise ValueError(f"{name} has strides {t.stride()}; it is written in rows, so its last stride must be 1")
 
 
@@ -191,8 +170,7 @@ class _SwiGLU(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads):
-        dg, du, _ = swiglu_backward(grads[0], *ctx.saved_tensors)
-        return dg, du
+        return swiglu_backward(grads[0], *ctx.saved_tensors)
 
 
 def swiglu(g: Tensor, u: Tensor) -> Tensor:

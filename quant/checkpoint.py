@@ -15,9 +15,9 @@ import math
 import torch
 from torch import Tensor
 
-from lora.quant.blocks import BLOCK
+from lora.quant.blocks import BLOCK, nested_map
 from lora.quant.codebook import codebook, dynamic_map
-from lora.quant.weight import Packed, check_block, pack_shape
+from lora.quant.weight import Packed, check_block, code_on, pack_shape
 
 STATE = ".quant_state.bitsandbytes__"
 
@@ -36,9 +36,9 @@ def to_tensors(name: str, packed: Packed, dtype: torch.dtype) -> dict[str, Tenso
         f"{name}.quant_map": packed.code.clone(),
     }
     if packed.double:
-        _, nested_map, nested_absmax, offset = packed.scales
+        _, levels, nested_absmax, offset = packed.scales
         tensors[f"{name}.nested_absmax"] = nested_absmax
-        tensors[f"{name}.nested_quant_map"] = nested_map.clone()
+        tensors[f"{name}.nested_quant_map"] = levels.clone()
         state |= {"nested_blocksize": BLOCK, "nested_dtype": "float32", "nested_offset": offset.item()}
     blob = json.dumps(state).encode()
     tensors[f"{name}{STATE}{packed.kind}"] = torch.frombuffer(bytearray(blob), dtype=torch.uint8)
@@ -84,9 +84,9 @@ def from_tensors(name: str, tensors: dict[str, Tensor]) -> Packed:
         blocks, want_blocks = tensors[f"{name}.nested_absmax"].numel(), -(-absmax.numel() // BLOCK)
         if blocks != want_blocks:
             raise ValueError(f"{name}.nested_absmax has {blocks} scales, and {absmax.numel()} bytes need {want_blocks}")
-        nested_map = tensors[f"{name}.nested_quant_map"].float()
-        if not torch.equal(nested_map.cpu(), dynamic_map()) or int(state["nested_blocksize"]) != BLOCK:
+        levels = tensors[f"{name}.nested_quant_map"].float().cpu()
+        if not torch.equal(levels, dynamic_map()) or int(state["nested_blocksize"]) != BLOCK:
             raise ValueError(f"{name}: its scales were quantized by another map or block than 256 dynamic levels")
         offset = torch.tensor(state["nested_offset"], dtype=torch.float32, device=absmax.device)
-        scales = (absmax, nested_map, tensors[f"{name}.nested_absmax"].float(), offset)
-    return Packed(kind, shape, block, pack_shape(shape, q), code.to(q.device), scales)
+        scales = (absmax, nested_map(absmax.device), tensors[f"{name}.nested_absmax"].float(), offset)
+    return Packed(kind, shape, block, pack_shape(shape, q), code_on(kind, q.device)[0], scales)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from lora.kernels.code4 import byte_table
 from lora.kernels.gemv4 import permute_table
@@ -38,8 +39,9 @@ class Linear4bit(nn.Module):
         self.kind, self.block, self.nested = packed.kind, packed.block, packed.double
         self.register_buffer("weight", packed.q)
         self.register_buffer("code", packed.code, persistent=False)
-        self.register_buffer("table", byte_table(packed.code), persistent=False)  # of `code`, made once
-        self.register_buffer("permute", permute_table(packed.code), persistent=False)  # likewise, for decoding
+        table, permute = _tables(packed.code)
+        self.register_buffer("table", table, persistent=False)
+        self.register_buffer("permute", permute, persistent=False)  # for decoding a token
         for name, scale in zip(_SCALES, packed.scales, strict=False):
             self.register_buffer(name, scale, persistent=name != "nested_map")
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach(), requires_grad=False))
@@ -79,6 +81,17 @@ class Linear4bit(nn.Module):
     def extra_repr(self) -> str:
         bits = 8 * self.packed().nbytes / (self.in_features * self.out_features)
         return f"{self.in_features}, {self.out_features}, {self.kind}, block={self.block}, {bits:.3f} bit/weight"
+
+
+_made = WeakTensorKeyDictionary()  # of a code, while it lives
+
+
+def _tables(code: Tensor) -> tuple[Tensor, Tensor]:
+    """byte_table and permute_table of a code: some 30 launches on a GPU, made once for all layers that share it."""
+    if code not in _made:
+        with torch.inference_mode(False):  # or, first asked for there, no backward could save them ever after
+            _made[code] = byte_table(code), permute_table(code)
+    return _made[code]
 
 
 def is_conv1d(module: nn.Module) -> bool:

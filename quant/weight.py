@@ -88,7 +88,7 @@ def quantize_tensor(
     one NaN or inf would spoil its whole block without a word.
     """
     check_block(block)
-    code, cells = _tables(kind, w.device)
+    code, cells = code_on(kind, w.device)
     if not w.is_floating_point():
         raise TypeError(f"{name} is {w.dtype}: only floating weights can be quantized")
     if w.numel() == 0:
@@ -106,7 +106,7 @@ def quantize_tensor(
 
 
 @functools.cache
-def _tables(kind: str, device: torch.device) -> tuple[Tensor, Tensor]:
+def code_on(kind: str, device: torch.device) -> tuple[Tensor, Tensor]:
     """The code and its decision cells on a device, made once: a copy from the host would wait for the GPU."""
     with torch.inference_mode(False):  # or, first asked for there, no backward could save them ever after
         code = codebook(kind)

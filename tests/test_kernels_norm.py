@@ -2,34 +2,11 @@
 
 import pytest
 import torch
+from bounds import assert_as_good, dtypes, grads_of, leaf
 from torch import Tensor
 
 from lora.kernels import norm
 from lora.kernels.norm import rms_norm, rms_norm_add, rms_norm_backward, rms_norm_forward
-
-# a kernel may be off by what its twin is off, a tenth more, and a rounding or two of the largest value
-SLACK = 2.0**-22
-
-
-def assert_as_good(got: Tensor, twin: Tensor, exact: Tensor) -> None:
-    assert got.dtype == twin.dtype and got.shape == twin.shape == exact.shape
-    exact = exact.to(got.device)
-    error, allowed = (got.double() - exact).abs().max(), (twin.to(got.device).double() - exact).abs().max()
-    assert error <= 1.1 * allowed + SLACK * exact.abs().max()
-
-
-def leaf(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(*shape, dtype=dtype).requires_grad_()
-
-
-def grads_of(y: Tensor, dy: Tensor, leaves: list[Tensor]) -> list[Tensor]:
-    return list(torch.autograd.grad(y, leaves, dy))
-
-
-def dtypes() -> list[torch.dtype]:
-    """Those whose rounding is right where the tests run: Triton's interpreter cuts bfloat16 off."""
-    gpu = torch.cuda.is_available()
-    return [torch.float32, torch.float16, *([torch.bfloat16] if gpu else [])]
 
 
 def norm_formula(x: Tensor, w: Tensor, eps: float) -> Tensor:
@@ -193,12 +170,11 @@ def test_the_kernel_writes_its_rows_and_no_further(triton_device: torch.device) 
     )  # fmt: skip
     assert all((r[M * d :] == 7.0).all() for r in room[:2]) and (room[2][M:] == 7.0).all()
     assert (room[0][: M * d] != 7.0).all()
-    dx, dw, y = (torch.full((M * d + 64,), 7.0, device=triton_device) for _ in range(3))
+    dx, dw = (torch.full((M * d + 64,), 7.0, device=triton_device) for _ in range(2))
     norm._backward_kernel[(2,)](
-        x, x, x, w, room[2], dx, dw, y, M, 1, d, d, d, d, d,
-        D=d, ADD=True, DW=True, Y=True, ROWS=4, BLOCK_D=32, STAGES=3, num_warps=1,
+        x, x, x, w, room[2], dx, dw, M, 1, d, d, d, d,
+        D=d, ADD=True, DW=True, ROWS=4, BLOCK_D=32, STAGES=3, num_warps=1,
     )  # fmt: skip
-    assert (y[M * d :] == 7.0).all() and (y[: M * d] != 7.0).all()
     assert (dx[M * d :] == 7.0).all() and (dw[2 * d :] == 7.0).all() and (dw[: 2 * d] != 7.0).all()
 
 
@@ -246,16 +222,15 @@ def test_the_ops_are_declared_as_they_behave(triton_device: torch.device) -> Non
 
 @pytest.mark.parametrize("shape", [(5, 19), (33, 256)])
 @pytest.mark.parametrize("residual", [False, True])
-def test_a_backward_into_rows_equals_the_backward_and_the_forward(
+def test_a_backward_into_rows_equals_the_backward(
     triton_device: torch.device, shape: tuple[int, int], residual: bool
 ) -> None:
     M, d = shape
     x, dy, ds = (torch.randn(M, d, device=triton_device) for _ in range(3))
     w = torch.randn(d, device=triton_device)
-    y, _, r = norm.rms_norm_forward(x, None, w, 1e-5)
+    _, _, r = norm.rms_norm_forward(x, None, w, 1e-5)
     dx, _ = norm.rms_norm_backward(dy, ds if residual else None, x, w, r)
-    room = torch.full((2, M, d + 3), 7.0, device=triton_device)
-    norm.rms_norm_backward_into(dy, ds if residual else None, x, w, r, room[0, :, :d], room[1, :, 1 : d + 1])
-    assert torch.equal(room[0, :, :d], dx) and (room[0, :, d:] == 7.0).all()
-    torch.testing.assert_close(room[1, :, 1 : d + 1], y, rtol=1e-6, atol=1e-6)
-    assert (room[1, :, d + 1 :] == 7.0).all() and (room[1, :, 0] == 7.0).all()
+    room = torch.full((M, d + 3), 7.0, device=triton_device)
+    norm.rms_norm_backward_into(dy, ds if residual else None, x, w, r, room[:, 1 : d + 1])
+    assert torch.equal(room[:, 1 : d + 1], dx)
+    assert (room[:, d + 1 :] == 7.0).all() and (room[:, 0] == 7.0).all()

@@ -2,33 +2,13 @@
 
 import pytest
 import torch
+from bounds import assert_as_good, dtypes, leaf
 from torch import Tensor
 
 from lora.kernels import rope as rope_file
 from lora.kernels.rope import rope, rope2
 
 F64 = torch.float64
-
-
-# a kernel may be off by what its twin is off, a tenth more, and a rounding or two of the largest value
-SLACK = 2.0**-22
-
-
-def assert_as_good(got: Tensor, twin: Tensor, exact: Tensor) -> None:
-    assert got.dtype == twin.dtype and got.shape == twin.shape == exact.shape
-    exact = exact.to(got.device)
-    error, allowed = (got.double() - exact).abs().max(), (twin.to(got.device).double() - exact).abs().max()
-    assert error <= 1.1 * allowed + SLACK * exact.abs().max()
-
-
-def leaf(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(*shape, dtype=dtype).requires_grad_()
-
-
-def dtypes() -> list[torch.dtype]:
-    """Those whose rounding is right where the tests run: Triton's interpreter cuts bfloat16 off."""
-    gpu = torch.cuda.is_available()
-    return [torch.float32, torch.float16, *([torch.bfloat16] if gpu else [])]
 
 
 def angles(B: int, T: int, D: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Imports go downwards only: kernels < quant < lora < eval < train; the face and the command are the roof."""
+"""Imports go downwards only: kernels < quant < lora < eval < train; the face and the commands are the roof."""
 
 import ast
 from pathlib import Path
@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FLOORS = {"kernels": 0, "quant": 1, "lora": 2, "eval": 3, "train": 4}
-ROOF = {ROOT / "lora/__init__.py", ROOT / "lora/__main__.py"}
+ROOF = {ROOT / "lora/__init__.py", ROOT / "lora/__main__.py", *(ROOT / "lora/commands").glob("*.py")}
 FILES = [p for d in FLOORS for p in (ROOT / d).rglob("*.py") if p not in ROOF]
 
 

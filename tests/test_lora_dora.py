@@ -61,13 +61,14 @@ def test_peft_and_we_read_each_other(kind: str, tmp_path: Path) -> None:
     theirs = peft.get_peft_model(base(kind), config).eval()
     stir(theirs)
     want = theirs(IDS).logits
+    near = 1e-6 * max(1.0, float(want.abs().max()))
     theirs.save_pretrained(tmp_path / "a")
     ours = lora.attach(base(kind), tmp_path / "a")
-    assert (ours(IDS).logits - want).abs().max() < 1e-5
+    assert (ours(IDS).logits - want).abs().max() <= near
     assert (want - base(kind)(IDS).logits).abs().max() > 0.05
     lora.save(ours, tmp_path / "b")
     again = peft.PeftModel.from_pretrained(base(kind), tmp_path / "b").eval()
-    assert (again(IDS).logits - want).abs().max() < 1e-5
+    assert (again(IDS).logits - want).abs().max() <= near
     lora.merge(ours)
     assert (ours(IDS).logits - want).abs().max() < 1e-4
     lora.unmerge(ours)

@@ -9,32 +9,19 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from tiny import IDS, SMALL, gpt2, logits, seeded, shake
+from tiny import llama as small_llama
+from torch import nn
 
 import lora
 from lora.layer import adapted
 
-VOCAB = 41
-IDS = torch.arange(14).view(2, 7) * 5 % VOCAB
-SMALL: dict[str, Any] = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
-SMALL |= {"intermediate_size": 48, "num_key_value_heads": 2, "initializer_range": 0.1}
+WIDE: dict[str, Any] = SMALL | {"initializer_range": 0.1}
 PADS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 
 
-def of(config: Any, kind: Any) -> nn.Module:
-    torch.manual_seed(7)
-    model = kind(config).eval()
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if name.endswith("bias"):  # which begin at 0, where a mistake with them would not show
-                p.normal_(std=0.1)
-            elif p.dim() == 3:
-                p.normal_(std=0.2)
-    return model
-
-
 def llama(**more: Any) -> nn.Module:
-    return of(transformers.LlamaConfig(**SMALL, **more), transformers.LlamaForCausalLM)
+    return small_llama(initializer_range=0.1, **more)
 
 
 def biased() -> nn.Module:
@@ -45,31 +32,64 @@ def tied() -> nn.Module:
     return llama(tie_word_embeddings=True)
 
 
-def gpt2() -> nn.Module:
-    still = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
-    config = transformers.GPT2Config(vocab_size=VOCAB, n_positions=32, n_embd=32, n_layer=2, n_head=4, **still)
-    return of(config, transformers.GPT2LMHeadModel)
-
-
 def gemma3(tied: bool = True) -> nn.Module:
-    config = transformers.Gemma3TextConfig(**SMALL, head_dim=8, tie_word_embeddings=tied, **PADS)
-    return of(config, transformers.Gemma3ForCausalLM)
+    config = transformers.Gemma3TextConfig(**WIDE, head_dim=8, tie_word_embeddings=tied, **PADS)
+    return seeded(config, transformers.Gemma3ForCausalLM)
 
 
 def mixtral() -> nn.Module:
-    config = transformers.MixtralConfig(**SMALL, num_local_experts=3, num_experts_per_tok=2)
-    return of(config, transformers.MixtralForCausalLM)
+    config = transformers.MixtralConfig(**WIDE, num_local_experts=3, num_experts_per_tok=2)
+    return seeded(config, transformers.MixtralForCausalLM)
 
 
 def gpt_oss() -> nn.Module:
-    config = transformers.GptOssConfig(**SMALL, head_dim=8, num_local_experts=3, num_experts_per_tok=2, **PADS)
-    return of(config, transformers.GptOssForCausalLM)
+    config = transformers.GptOssConfig(**WIDE, head_dim=8, num_local_experts=3, num_experts_per_tok=2, **PADS)
+    return seeded(config, transformers.GptOssForCausalLM)
 
 
 EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
 Case = tuple[Callable[[], nn.Module], dict[str, Any], dict[str, Any]]
 # base, options of lora.wrap, options of peft.LoraConfig
 CASES: dict[str, Case] = {
+    "linear": (small_llama, {"targets": ["q_proj", "up_proj"]}, {"target_modules": ["q_proj", "up_proj"]}),
+    "all_linear": (small_llama, {}, {"target_modules": "all-linear"}),
+    "conv1d": (gpt2, {}, {"target_modules": ["c_attn", "c_fc", "c_proj"], "fan_in_fan_out": True}),
+    "embedding": (small_llama, {"targets": ["embed_tokens", "q_proj"]}, {"target_modules": ["embed_tokens", "q_proj"]}),
+    "head": (small_llama, {"targets": ["lm_head", "v_proj"]}, {"target_modules": ["lm_head", "v_proj"]}),
+    "rslora": (
+        small_llama,
+        {"rslora": True, "targets": ["q_proj"]},
+        {"use_rslora": True, "target_modules": ["q_proj"]},
+    ),
+    "patterns": (
+        small_llama,
+        {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"model.layers.1.mlp.up_proj": 5.0}},
+        {
+            "target_modules": ["q_proj", "v_proj", "up_proj"],
+            "rank_pattern": {"q_proj": 2},
+            "alpha_pattern": {"model.layers.1.mlp.up_proj": 5},
+        },
+    ),
+    "one_layer": (
+        small_llama,
+        {"targets": ["model.layers.1.mlp.up_proj"]},
+        {"target_modules": ["model.layers.1.mlp.up_proj"]},
+    ),
+    "excluded": (
+        small_llama,
+        {"targets": ["q_proj"], "exclude": ["model.layers.0.*"]},
+        {"target_modules": ["q_proj"], "exclude_modules": ["model.layers.0.self_attn.q_proj"]},
+    ),
+    "whole_head": (
+        small_llama,
+        {"targets": ["q_proj"], "train_modules": ["lm_head"]},
+        {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+    ),
+    "layer_numbers": (
+        small_llama,
+        {"targets": ["*.1.self_attn.q_proj"]},
+        {"target_modules": ["q_proj"], "layers_to_transform": [1]},
+    ),
     "tokens": (
         llama,
         {"targets": ["q_proj"], "train_tokens": [3, 5, 40]},
@@ -179,19 +199,6 @@ CASES: dict[str, Case] = {
 every_case = pytest.mark.parametrize("case", list(CASES))
 
 
-@torch.no_grad()
-def logits(model: Any) -> Tensor:
-    return model(IDS).logits
-
-
-@torch.no_grad()
-def shake(model: nn.Module) -> nn.Module:
-    for p in model.parameters():
-        if p.requires_grad:
-            p.add_(torch.randn_like(p) * 0.05)
-    return model
-
-
 def wrapped(case: str) -> Any:
     make, options, _ = CASES[case]
     return lora.wrap(make(), r=4, alpha=12.0, **options)
@@ -263,7 +270,7 @@ def test_it_trains_beside_an_untouched_base_and_is_taken_out_again(case: str) ->
         loss.backward()
         assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in learned)
         steps.step()
-        losses.append(float(loss))
+        losses.append(loss.item())
     assert losses[2] < losses[0]
     assert all(torch.equal(p, frozen[n]) for n, p in model.named_parameters() if n in frozen)
 

@@ -3,10 +3,9 @@
 from typing import Any
 
 import pytest
-import tokenizers
 import torch
 import transformers
-from tokenizers import decoders, models, pre_tokenizers
+from tiny import give_tokenizer
 
 import lora
 from lora.models.generate import generate_ids, pick
@@ -28,13 +27,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Three:
     )  # fmt: skip
     theirs = transformers.LlamaForCausalLM(config).eval()
     theirs.save_pretrained(folder)
-    vocab = {token: i for i, token in enumerate(["</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())])}
-    backend = tokenizers.Tokenizer(models.BPE(vocab, []))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens(["</s>"])
-    backend.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
+    give_tokenizer(folder)
     return *lora.load(folder, device="cpu"), theirs
 
 

@@ -1,4 +1,4 @@
-"""Two real models against numbers that transformers computed: stories260k and SmolLM2-135M-Instruct."""
+"""Real models against numbers that transformers computed: stories260k, babyllama-char and SmolLM2-135M-Instruct."""
 
 import json
 import math
@@ -19,14 +19,19 @@ from lora.models.tokenizer import Tokenizer
 Loaded = tuple[Llama, Tokenizer]
 
 
-@pytest.fixture(scope="module")
-def small(stories: Path) -> Loaded:
-    return lora.load(stories, device="cpu")
+@pytest.fixture(scope="module", params=["stories260k", "babyllama-char"])
+def folder(request: pytest.FixtureRequest, stories: Path) -> Path:
+    return stories.with_name(request.param)
 
 
 @pytest.fixture(scope="module")
-def small_truth(stories: Path) -> dict[str, Any]:
-    return json.loads((stories / "expected.json").read_text())
+def small(folder: Path) -> Loaded:
+    return lora.load(folder, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def small_truth(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "expected.json").read_text())
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +63,11 @@ def nll_of_blocks(model: Llama, blocks: list[list[int]]) -> tuple[float, int]:
     return total / count, count
 
 
-# ---- stories260k ----
+# ---- stories260k, babyllama-char ----
+def test_small_models_have_their_published_size(small: Loaded, small_truth: dict[str, Any]) -> None:
+    assert sum(p.numel() for p in small[0].parameters()) == small_truth["parameters"]
+
+
 def test_small_token_ids_are_the_reference(small: Loaded, small_truth: dict[str, Any]) -> None:
     for case in small_truth["tokenizer"]:
         assert small[1].encode(case["text"]) == case["ids"]
@@ -105,7 +114,7 @@ def test_small_perplexity_is_the_reference(small: Loaded, small_truth: dict[str,
 def test_small_evaluate_gives_the_same_perplexity(small: Loaded, stories: Path) -> None:
     file = data_file(stories, "tinystories-sample/valid.jsonl")
     model, tokenizer = small
-    short = [json.loads(line)["text"][:300] for line in file.read_text().splitlines()]
+    short = [json.loads(line)["text"][:240] for line in file.read_text().splitlines()]
     blocks = [[*tokenizer.encode(story), tokenizer.eos] for story in short]
     nll, count = nll_of_blocks(model, blocks)
     report = lora.evaluate(model, tokenizer, [{"prompt": "", "completion": s} for s in short], ["nll", "perplexity"])

@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_lora_kinds import IDS, llama, logits, shake
+from test_lora_kinds import llama
 from test_lora_models_families import build, some_ids
+from tiny import IDS, logits, shake
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -65,7 +66,7 @@ PROPERTIES: dict[int, tuple[str, str]] = {
     ),
     16: (
         "saved and loaded, the same bits; keys hold no adapter's name; inference_mode is true",
-        "attach::what_we_save_comes_back_bit_for_bit attach::a_file_holds_adapter_tensors_only_under_pefts_names",
+        "kinds::what_we_save_comes_back_bit_for_bit attach::a_file_holds_adapter_tensors_only_under_pefts_names",
     ),
     17: (
         "a file holds the named adapter's tensors and no more, also where one name begins another",
@@ -92,7 +93,7 @@ PROPERTIES: dict[int, tuple[str, str]] = {
     ),
     24: (
         "what is left out, or of another layer, stays as it is",
-        "wrap::excluded_layers_are_left_out attach::we_read_what_peft_saves",
+        "wrap::excluded_layers_are_left_out kinds::we_read_what_peft_saves",
     ),
     25: (
         "gradients are the same when states are made again",

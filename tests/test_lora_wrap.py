@@ -7,13 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from tiny import IDS, VOCAB, gpt2, llama, logits
 from torch import Tensor, nn
 
 import lora
 from lora.layer import LoRAEmbedding, LoRALinear, TrainedModule, adapted
 from lora.models.llama import Llama, LlamaConfig
-
-VOCAB = 41
 
 
 class Plain(nn.Module):
@@ -60,46 +59,16 @@ def our_llama(tied: bool = False) -> Llama:
     )
 
 
-def hf_llama(tied: bool = False) -> nn.Module:
-    transformers = pytest.importorskip("transformers")
-    config = transformers.LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        tie_word_embeddings=tied,
-    )
-    return transformers.LlamaForCausalLM(config).eval()
-
-
-def hf_gpt2() -> nn.Module:
-    transformers = pytest.importorskip("transformers")
-    config = transformers.GPT2Config(vocab_size=VOCAB, n_positions=32, n_embd=32, n_layer=2, n_head=4)
-    return transformers.GPT2LMHeadModel(config).eval()
-
-
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "plain": lambda: Plain().eval(),
     "llama": lambda: our_llama().eval(),
     "tied_llama": lambda: our_llama(tied=True).eval(),
-    "hf_llama": hf_llama,
-    "hf_gpt2": hf_gpt2,
+    "hf_llama": llama,
+    "hf_gpt2": gpt2,
     "four_bit": lambda: lora.quantize(our_llama()).eval(),
-    "four_bit_gpt2": lambda: lora.quantize(hf_gpt2()),
+    "four_bit_gpt2": lambda: lora.quantize(gpt2()),
 }
 every_model = pytest.mark.parametrize("kind", list(MODELS))
-
-
-def ids() -> Tensor:
-    return torch.arange(14).view(2, 7) * 5 % VOCAB
-
-
-@torch.no_grad()
-def logits(model: nn.Module) -> Tensor:
-    y: Any = model(ids())
-    return y if isinstance(y, Tensor) else y.logits
 
 
 def shake(model: nn.Module, name: str = "default", size: float = 0.1) -> nn.Module:
@@ -185,13 +154,13 @@ def test_an_adapted_layer_shows_what_its_base_has() -> None:
 # ---- which layers ----
 def test_all_linear_leaves_the_head_out() -> None:
     assert names(lora.wrap(Plain())) == ["body.up", "body.down"]
-    for model in (our_llama(), our_llama(tied=True), hf_llama(), hf_llama(tied=True)):
+    for model in (our_llama(), our_llama(tied=True), llama(), llama(tie_word_embeddings=True)):
         lora.wrap(model)
         assert len(names(model)) == 14 and not any("head" in name for name in names(model))
 
 
 def test_all_linear_takes_the_conv1d_layers_of_gpt2() -> None:
-    model = lora.wrap(hf_gpt2(), r=2)
+    model = lora.wrap(gpt2(), r=2)
     assert len(names(model)) == 8
     c_attn = model.get_submodule("transformer.h.0.attn.c_attn").adapters["default"]
     assert c_attn.a.shape == (2, 32) and c_attn.b.shape == (96, 2)
@@ -271,7 +240,7 @@ def test_a_whole_module_is_trained_beside_the_adapter() -> None:
     assert torch.equal(logits(model), before)
     copied = model.head.adapters["default"].weight
     assert copied.requires_grad and not head.weight.requires_grad and copied.data_ptr() != head.weight.data_ptr()
-    model(ids()).sum().backward()
+    model(IDS).sum().backward()
     assert copied.grad is not None
 
 
@@ -482,9 +451,9 @@ def test_training_changes_the_adapter_and_no_bit_of_the_base(kind: str) -> None:
     step = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
     for _ in range(3):
         step.zero_grad()
-        y: Any = model(ids())
+        y: Any = model(IDS)
         y = y if isinstance(y, Tensor) else y.logits
-        nn.functional.cross_entropy(y.flatten(0, 1), ids().flatten()).backward()
+        nn.functional.cross_entropy(y.flatten(0, 1), IDS.flatten()).backward()
         step.step()
     assert bits(model) == before
     moved = {n: p for n, p in model.named_parameters() if n in factors and not torch.equal(p, factors[n])}
@@ -523,9 +492,9 @@ def test_embedding_gradients_equal_those_of_the_dense_formula() -> None:
     model = shake(lora.wrap(Plain(), targets=["table"], r=3, alpha=6.0))
     table, adapter = model.table, model.table.adapters["default"]
     dy = torch.randn(2, 7, 16)
-    got = torch.autograd.grad(table(ids()), (adapter.a, adapter.b), dy)
-    dense = nn.functional.embedding(ids(), table.base.weight + 2.0 * (adapter.b @ adapter.a).T)
-    torch.testing.assert_close(table(ids()), dense, rtol=1e-5, atol=1e-6)
+    got = torch.autograd.grad(table(IDS), (adapter.a, adapter.b), dy)
+    dense = nn.functional.embedding(IDS, table.base.weight + 2.0 * (adapter.b @ adapter.a).T)
+    torch.testing.assert_close(table(IDS), dense, rtol=1e-5, atol=1e-6)
     for g, w in zip(got, torch.autograd.grad(dense, (adapter.a, adapter.b), dy), strict=True):
         torch.testing.assert_close(g, w, rtol=1e-4, atol=1e-5)
 

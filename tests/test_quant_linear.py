@@ -1,5 +1,6 @@
 """Linear4bit against the dense layer, and what quantize_module replaces, leaves and refuses."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lora.quant import linear as linear_file
 from lora.quant.linear import Linear4bit, quantize_module
 from lora.quant.weight import quantize_tensor
 
@@ -179,3 +181,17 @@ def test_a_bare_layer_another_block_and_another_code_are_refused() -> None:
         quantize_module(Tiny(), block=48)
     with pytest.raises(ValueError, match="nf3"):
         quantize_module(Tiny(), "nf3")
+
+
+def test_layers_of_one_code_share_its_tables_and_leave_nothing_behind() -> None:
+    one, two = made(), made(double=False)
+    other = Linear4bit(quantize_tensor(torch.randn(8, 64), "fp4"))
+    assert one.table is two.table and one.permute is two.permute and one.nested_map is made().nested_map
+    assert other.table is not one.table and not torch.equal(other.table, one.table)
+    kept = len(linear_file._made)
+    packed = dataclasses.replace(one.packed(), code=one.code.clone())  # a code of its own
+    alone = Linear4bit(packed)
+    assert alone.table is not one.table and torch.equal(alone.table, one.table)
+    assert len(linear_file._made) == kept + 1
+    del alone, packed
+    assert len(linear_file._made) == kept

@@ -6,6 +6,8 @@ import torch
 import lora
 from lora.batch import Batch, Example, collate
 from lora.eval.nll import token_nll
+from lora.kernels.scratch import mine
+from lora.models.fused import KEEPS
 from lora.models.llama import LlamaConfig
 from lora.train.graph import Graphs, _room
 from lora.train.optim import AdamW
@@ -14,7 +16,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
-def small():
+def small(keep: str | None = None):
     torch.manual_seed(0)
     model = LlamaConfig(
         vocab_size=97, hidden_size=64, intermediate_size=96, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=16,
@@ -27,6 +29,7 @@ def small():
     for p in model.parameters():
         if p.requires_grad:
             torch.nn.init.normal_(p, std=0.1)
+    model.keeping.keep = keep
     return model.to(DEVICE).train()
 
 
@@ -44,9 +47,10 @@ def plain(model, b: Batch, n: int) -> tuple[float, dict[str, torch.Tensor]]:
     return float(nll.detach().sum()) / n, {k: p.grad.clone() for k, p in model.named_parameters() if p.grad is not None}
 
 
-def test_a_batch_runs_as_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("keep", [None, *KEEPS])
+def test_a_batch_runs_as_without_it(keep: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lora.train.graph.RECORD", True)
-    model = small()
+    model = small(keep)
     graphs = Graphs(model)
     for seed in range(6):
         b = batch(seed)
@@ -60,7 +64,7 @@ def test_a_batch_runs_as_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
         for k, p in model.named_parameters():
             if p.requires_grad:
                 torch.testing.assert_close(p.grad, gradients[k], rtol=1e-3, atol=1e-5)
-    assert len(graphs.graphs) == (1 if DEVICE.type == "cuda" else 0)
+    assert len(graphs.graphs) == (1 if DEVICE.type == "cuda" and keep in (None, "all") else 0)
 
 
 @on_gpu
@@ -86,6 +90,24 @@ def test_room_is_little_more_than_needed() -> None:
 
 
 @on_gpu
+def test_graphs_share_buffers_with_what_is_not_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lora.train.graph.RECORD", True)
+    model = small()
+    graphs = Graphs(model)
+    for length in (20, 20, 60, 60, 20, 100, 20, 60):  # buffers grow under the graph of the shorter rows
+        b = batch(length, length=length)
+        want, gradients = plain(model, b, 9)
+        model.zero_grad(set_to_none=False)
+        loss, _ = graphs.run(b, 9)
+        assert float(loss) == pytest.approx(want, rel=1e-5)
+        for k, p in model.named_parameters():
+            if p.requires_grad:
+                torch.testing.assert_close(p.grad, gradients[k], rtol=1e-3, atol=1e-5)
+    assert len(graphs.graphs) == 2
+    assert not {key[2] for key in mine()} & {graphs.stream.cuda_stream}
+
+
+@on_gpu
 def test_a_run_with_graphs_equals_one_without(stories, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [{"prompt": f"Once upon {i} ", "completion": "a time there was a dog."} for i in range(8)]
     monkeypatch.setattr("lora.train.graph.RECORD", True)
@@ -101,10 +123,13 @@ def test_a_run_with_graphs_equals_one_without(stories, monkeypatch: pytest.Monke
 
 
 @on_gpu
+@pytest.mark.parametrize("keep", [None, "host", "input_host"])
 @pytest.mark.parametrize("record", [True, False])
-def test_no_step_waits_for_the_gpu_and_memory_does_not_grow(record: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_step_waits_for_the_gpu_and_memory_does_not_grow(
+    record: bool, keep: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("lora.train.graph.RECORD", record)
-    model = small()
+    model = small(keep)
     optimizer, graphs = AdamW([p for p in model.parameters() if p.requires_grad]), Graphs(model)
     batches = [batch(seed) for seed in range(6)]
 

@@ -11,7 +11,8 @@ from tiny import give_tokenizer
 
 import lora
 from lora.__main__ import main
-from lora.models.budget import Widths, account, keep_on_gpu, sending_bytes
+from lora.models.budget import CUBLAS, Widths, account, graph_fits, host_bytes, keep_on_gpu, sending_bytes
+from lora.models.host import host_room
 from lora.models.llama import LlamaConfig
 from lora.models.outline import outline
 from lora.models.save import save_pretrained
@@ -160,6 +161,16 @@ def test_blocks_are_kept_whole_as_far_as_memory_goes() -> None:
     assert keep_on_gpu(WIDTHS, M, 2, 0) == ["input_host"] * 31 + ["input"]
 
 
+def test_states_that_the_host_cannot_hold_are_made_again() -> None:
+    M = 8192
+    need = account(WIDTHS, ["host"] * 31 + ["all"], M, 2).total
+    host = 31 * host_bytes(WIDTHS, "host", M, 2)
+    assert keep_on_gpu(WIDTHS, M, 2, need, host=host) == ["host"] * 31 + ["all"]
+    assert keep_on_gpu(WIDTHS, M, 2, need, host=host - 1) == ["input_host"] * 31 + ["input"]
+    assert keep_on_gpu(WIDTHS, M, 2, 100 * GIB, host=0) == ["all"] * 32
+    assert (host_room() or 1) > 0
+
+
 def test_copies_under_way_need_room_of_their_own() -> None:
     M = 8192
     need = account(WIDTHS, ["host"] * 30 + ["all"] * 2, M, 2).total
@@ -168,6 +179,14 @@ def test_copies_under_way_need_room_of_their_own() -> None:
     assert keep_on_gpu(WIDTHS, M, 2, need, room=need + sending - 1).count("all") == 1
     whole = account(WIDTHS, ["all"] * 32, M, 2).total  # with all kept nothing is sent
     assert keep_on_gpu(WIDTHS, M, 2, whole, room=whole) == ["all"] * 32
+
+
+def test_a_graph_needs_its_memory_and_some_to_spare() -> None:
+    a = account(WIDTHS, ["all"] * 32, 8192, 2)
+    need = a.total - a.reused + CUBLAS
+    assert graph_fits(WIDTHS, 8192, 2, need, int(1.1 * need) + 1)
+    assert not graph_fits(WIDTHS, 8192, 2, need - 1, int(1.1 * need) + 1)
+    assert not graph_fits(WIDTHS, 8192, 2, need, int(1.1 * need) - 1)
 
 
 # ---- time ----

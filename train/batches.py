@@ -22,11 +22,6 @@ def epoch_order(lengths: Sequence[int], batch: int, seed: int, epoch: int) -> li
     return [batches[k] for k in mixed]
 
 
-def epoch_batches(examples: Sequence[Example | Pack], batch: int, seed: int, epoch: int) -> list[list[Example | Pack]]:
-    """`epoch_order`, and the examples (or packs) themselves."""
-    return [[examples[i] for i in part] for part in epoch_order(lengths_of(examples), batch, seed, epoch)]
-
-
 def steps_per_epoch(n: int, batch: int, accumulate: int) -> int:
     """Optimizer steps in one pass; the last one may hold fewer batches, and no row is dropped."""
     whole, rest = divmod(n, batch * _WINDOW)

@@ -3,7 +3,8 @@
 A step of an 8B model over 512 tokens launches some 5,000 kernels: 320 ms from Python, 50 ms replayed (LOG.md).  A graph
 serves batches of one shape: the rows' number, their length and the number of learned tokens, both rounded up so that
 batches of like rows share one; what is unused counts 0.  A shape is recorded when it comes the second time.  All graphs
-share their memory, since one runs at a time.  Gradients add up in the parameters' .grad, as without a graph.
+share their memory, since one runs at a time, and the reused buffers with what is not recorded.  Gradients add up in the
+parameters' .grad, as without a graph.
 """
 
 from collections import OrderedDict
@@ -14,12 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from lora.eval.nll import token_nll
+from lora.kernels.scratch import lent
 from lora.models.base import CausalLM
 from lora.render import Batch
 
 TOKENS = 8192  # of a batch, up to which launches matter: 2.7 % of a step at 8192 tokens of an 8B model
 RECORD = True  # False runs every batch kernel by kernel
-SPARE = 1.1  # a graph is recorded where so many times its memory is free
 SHAPES = 16  # graphs held at once: a kernel of one takes a few KB of the card
 
 
@@ -45,12 +46,12 @@ def member_losses(model: nn.Module, batch: Batch, learned: Learned, members: int
 
 
 class _Recorded:
-    def __init__(self, model: nn.Module, batch: Batch, learned: Learned, members: int, pool: Any) -> None:
+    def __init__(self, model: Any, batch: Batch, learned: Learned, members: int, pool: Any, stream: Any) -> None:
         self.grads = _places(model)
         self.batch = replace(batch, ids=batch.ids.clone())
         self.learned = Learned(*(t.clone() for t in learned))
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, pool=pool):
+        with lent(stream) as self.buffers, torch.cuda.graph(self.graph, pool=pool, stream=stream):
             self.losses, self.hits = member_losses(model, self.batch, self.learned, members)
 
     def run(self, batch: Batch, learned: Learned) -> tuple[Tensor, Tensor]:
@@ -69,6 +70,7 @@ class Graphs:
         self.seen: set[tuple[int, ...]] = set()
         self.graphs: OrderedDict[tuple[int, ...], _Recorded] = OrderedDict()
         self.pool: Any = None
+        self.stream: Any = None
         self.held = 0  # bytes that recording took
 
     def run(self, batch: Batch, n: int) -> tuple[Tensor, Tensor]:
@@ -119,15 +121,17 @@ class Graphs:
         if len(self.graphs) == SHAPES:
             self.graphs.popitem(last=False)
         torch.cuda.empty_cache()  # a graph has memory of its own: what the step without it used is of no use to it
-        driver, _ = torch.cuda.mem_get_info(batch.ids.device)
-        free, keeping = driver, self.model.keeping
+        device, keeping = batch.ids.device, self.model.keeping
+        driver, _ = torch.cuda.mem_get_info(device)
+        free = room = driver + self.held
         if keeping.budget is not None:
-            free = min(free, keeping.budget - torch.cuda.memory_allocated(batch.ids.device))
-        if free + self.held < SPARE * keeping.needs(batch.ids.numel(), self.model.place()[1].itemsize):
+            free = min(free, keeping.budget - torch.cuda.memory_allocated(device))
+        if not keeping.graph_fits(batch.ids.numel(), self.model.place()[1].itemsize, free, room):
             return None
         self.pool = self.pool or torch.cuda.graph_pool_handle()
-        self.graphs[key] = _Recorded(self.model, batch, learned, key[-1], self.pool)
-        self.held += max(0, driver - torch.cuda.mem_get_info(batch.ids.device)[0])
+        self.stream = self.stream or torch.cuda.Stream(device)
+        self.graphs[key] = _Recorded(self.model, batch, learned, key[-1], self.pool, self.stream)
+        self.held += max(0, driver - torch.cuda.mem_get_info(device)[0])
         return self.graphs[key]
 
 

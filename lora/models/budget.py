@@ -22,9 +22,10 @@ from lora.kernels.cross_entropy import chunk_rows
 from lora.kernels.fold import ROOM
 from lora.kernels.scratch import mine
 from lora.layer import LoRALinear
-from lora.models.host import Host
+from lora.models.host import Host, host_room
 
 MARGIN = 0.03  # of the card, for what nobody counts: fragments, libraries' workspaces
+SPARE = 1.1  # a graph is recorded where so many times its memory is free on the card
 CUBLAS = 2 * 32 * 2**20  # its workspaces on Hopper: for the thread of the forward, and for that of the backward
 LAYERS = (  # of a block, by the product that they share; Phi-3 stores two of them as one layer
     ("q_proj", "k_proj", "v_proj", "qkv_proj"),
@@ -118,13 +119,11 @@ def host_bytes(w: Widths, keep: str, M: int, itemsize: int) -> int:
     return M * itemsize * values
 
 
-def reused_bytes(w: Widths, M: int, itemsize: int, backward: bool = True) -> int:
-    """Buffers that one block after the other writes anew, and that stay; without `backward`, the forward's alone."""
+def reused_bytes(w: Widths, M: int, itemsize: int) -> int:
+    """Buffers that one block after the other writes anew, and that stay."""
     g, shapes = w.rooms, w.shapes
     weight = max(max(N * (K + room), (N + room) * K) for (N, K), room in zip(shapes, g, strict=True))
     rows = max(K + room for (_, K), room in zip(shapes, g, strict=True))
-    if not backward:
-        return itemsize * (weight + M * rows)
     b = max(N * room for (N, _), room in zip(shapes, g, strict=True))
     behind = w.behind * (w.states + max(g[1], g[3]))
     return itemsize * (weight + b + M * (rows + w.states + g[1] + w.qkv + g[0] + behind))
@@ -217,24 +216,42 @@ def sending_bytes(w: Widths, M: int, itemsize: int) -> int:
 
 # ---- the choice ----
 def keep_on_gpu(
-    w: Widths, M: int, itemsize: int, free: int, learned: int | None = None, room: int | None = None
+    w: Widths,
+    M: int,
+    itemsize: int,
+    free: int,
+    learned: int | None = None,
+    room: int | None = None,
+    host: int | None = None,
 ) -> list[str]:
-    """What each block keeps when tensors of a step over M tokens may take `free` bytes, and all of it `room`."""
+    """What each block keeps when tensors of a step over M tokens may take `free` bytes, all of it `room`, and pinned
+    memory `host`."""
 
     def fits(keep: list[str]) -> bool:
         need = account(w, keep, M, itemsize, learned).total
         return need <= free and (room is None or need + ("host" in keep) * sending_bytes(w, M, itemsize) <= room)
 
     low, high = 1, w.blocks  # blocks kept whole: the last one's states would come back as soon as they are sent
+    inputs = ["input_host"] * (w.blocks - 1) + ["input"]
     if not fits(["host"] * (w.blocks - 1) + ["all"]):
-        return ["input_host"] * (w.blocks - 1) + ["input"]
+        return inputs
     while low < high:
         middle = (low + high + 1) // 2
         if fits(["host"] * (w.blocks - middle) + ["all"] * middle):
             low = middle
         else:
             high = middle - 1
+    if host is not None and (w.blocks - low) * host_bytes(w, "host", M, itemsize) > host:
+        return inputs
     return ["host"] * (w.blocks - low) + ["all"] * low
+
+
+def graph_fits(w: Widths, M: int, itemsize: int, free: int, room: int) -> bool:
+    """Whether a step over M tokens that keeps all, with the reused buffers there, may become a CUDA graph where tensors
+    may still take `free` bytes, and where `room` bytes of the card are free."""
+    a = account(w, ["all"] * w.blocks, M, itemsize)
+    need = a.total - a.reused + CUBLAS
+    return need <= free and SPARE * need <= room
 
 
 def free_bytes(device: torch.device, limit: int | None = None) -> int:
@@ -285,18 +302,20 @@ class Keeping:
     def within(self, w: Widths, tokens: int, x: Tensor) -> list[str]:
         """What each block keeps in the memory that is free now, within the budget."""
         device, itemsize = x.device, x.element_size()
-        # buffers of smaller steps are written over, and x is a block's state already; cuBLAS' come with a product
+        # buffers of smaller steps are written over, and x is a block's state already; cuBLAS' come with a product, and
+        # once more with a graph
         there = sum(t.numel() * t.element_size() for t in (x, *mine().values()) if t.device == device)
-        room = free_bytes(device) + there - CUBLAS
-        free = free_bytes(device, self.budget) + there - CUBLAS
-        keep = keep_on_gpu(w, tokens, itemsize, free, room=room)
+        room, free = (free_bytes(device, limit) + there - 2 * CUBLAS for limit in (None, self.budget))
+        host = host_room()
+        keep = keep_on_gpu(
+            w, tokens, itemsize, free, room=room, host=None if host is None else host + self.host.nbytes()
+        )
         # in 8 bits a block is made again sooner than all its states cross PCIe: 450 ms a step instead of 590
         return ["input_host" if self.compute == "fp8" and word == "host" else word for word in keep]
 
-    def needs(self, tokens: int, itemsize: int) -> int:
-        """Bytes that a step takes at most, beside the model, with all kept."""
-        w = self.widths
-        return account(w, ["all"] * w.blocks, tokens, itemsize).total
+    def graph_fits(self, tokens: int, itemsize: int, free: int, room: int) -> bool:
+        """`graph_fits` of a step over so many tokens."""
+        return graph_fits(self.widths, tokens, itemsize, free, room)
 
 
 def parse_bytes(text: str) -> int:

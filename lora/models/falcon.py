@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lora.kernels.rope import rope
+from lora.kernels.rope import rope2
 from lora.models.base import Cache, CausalLM, Mask, attention, ints, new_embedding, seen
 from lora.models.documents import Documents
 from lora.models.llama import Rotation, inverse_frequencies, rope_settings, rotation
@@ -162,7 +162,7 @@ class Attention(nn.Module):
         q = fused[..., :-2, :].reshape(B, T, self.heads, self.head_dim)
         k, v = fused[..., -2, :], fused[..., -1, :]
         if turn is not None:
-            q, k = rope(q, *turn), rope(k.contiguous(), *turn)
+            q, k = rope2(q, k.contiguous(), *turn)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, D)
         if cache is not None:
             k, v = cache.extend(layer, k, v)

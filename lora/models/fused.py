@@ -76,11 +76,14 @@ def _product(spec: Spec, which: int, given: Any, t: Tensor | None, like: Tensor,
     return y, t
 
 
-def _back(spec: Spec, which: int, dyw: Tensor, t: Tensor | None, out: Tensor | None = None, dbs: Any = None):
-    """dX, into `out` where that can be, s U and db_i of dY with room behind each row."""
+def _back(
+    spec: Spec, which: int, dyw: Tensor, t: Tensor | None, out: Tensor | None = None, dbs: Any = None, through=True
+):
+    """dX, into `out` where that can be, s U and db_i of dY with room behind each row; no dX if not `through`."""
+    group = spec.groups[which]
     if spec.eights:
-        return fold8.backward(spec.groups[which], spec.eights[which], dyw, t, dbs, spend=which in (QKV, GATE))
-    return fold.backward(spec.groups[which], dyw, t, out, dbs)
+        return fold8.backward(group, spec.eights[which], dyw, t, dbs, which in (QKV, GATE), through)
+    return fold.backward(group, dyw, t, out, dbs, through)
 
 
 def _halves(spec: Spec, gu: Tensor) -> tuple[Tensor, Tensor]:
@@ -268,8 +271,10 @@ def _heads_back(spec: Spec, grads: Sequence[Tensor], st: _State, cos: Tensor, si
         place.copy_(dx)
 
 
-def _backward(spec: Spec, dy: Tensor, x: Tensor, st: _State, cos: Tensor, sin: Tensor, B: int, T: int, ts: Any):
-    """dx (M, D), with room behind each row, and the gradients of `factors`."""
+def _backward(
+    spec: Spec, dy: Tensor, x: Tensor, st: _State, cos: Tensor, sin: Tensor, B: int, T: int, ts: Any, through: bool
+):
+    """dx (M, D), with room behind each row, None if not `through`; and the gradients of `factors`."""
     qkv_g, o_g, gu_g, d_g = spec.groups
     M, D = x.shape
     assert st.gu is not None
@@ -298,9 +303,11 @@ def _backward(spec: Spec, dy: Tensor, x: Tensor, st: _State, cos: Tensor, sin: T
     dw = wide(M, sum(qkv_g.sizes), _room(spec, QKV), x, "dqkv")
     _heads_back(spec, grads, st, cos, sin, dw)
     del grads
-    dn, u1, db1 = _back(spec, QKV, dw, ts[QKV])
-    dxw = torch.empty(M, D + _room(spec, DOWN), dtype=x.dtype, device=x.device)
-    rms_norm_backward_into(dn, ds, x, spec.norms.before[0], st.r1, dxw[:, :D])
+    dn, u1, db1 = _back(spec, QKV, dw, ts[QKV], through=through)
+    dxw = None
+    if through:
+        dxw = torch.empty(M, D + _room(spec, DOWN), dtype=x.dtype, device=x.device)
+        rms_norm_backward_into(dn, ds, x, spec.norms.before[0], st.r1, dxw[:, :D])
     da1 = fold.grad_a(qkv_g, u1, x, st.r1, spec.norms.before[0])
     made = []
     for das, dbs in ((da1, db1), (da2, db2), (da3, db3), (da4, db4)):
@@ -334,9 +341,11 @@ class _Block(torch.autograd.Function):
         flat = spec.host.fetch(ctx.layer, grads[0], torch.Size((B * T, D))) if x is None else x.reshape(B * T, D)
         with borrowed(ctx.buffers):
             st = _again(spec, st, flat, cos, sin, B, T, ts)
-            dxw, dfactors = _backward(spec, grads[0].reshape(B * T, D), flat, st, cos, sin, B, T, ts)
+            through = ctx.needs_input_grad[0]  # the first block's input is the embedding, which is frozen
+            dxw, dfactors = _backward(spec, grads[0].reshape(B * T, D), flat, st, cos, sin, B, T, ts, through)
         _Passed.wide = dxw if ctx.layer else None
-        return (dxw[:, :D].unflatten(0, (B, T)), None, None, None, None, *dfactors)
+        dx = None if dxw is None else dxw[:, :D].unflatten(0, (B, T))
+        return (dx, None, None, None, None, *dfactors)
 
 
 def block(x: Tensor, cos: Tensor, sin: Tensor, spec: Spec, layer: int) -> Tensor:

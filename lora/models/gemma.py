@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lora.kernels.rope import rope
+from lora.kernels.rope import rope2
 from lora.layer import together
 from lora.models.base import Cache, Mask, attention, ints
 from lora.models.llama import (
@@ -157,8 +157,8 @@ class GemmaAttention(nn.Module):
     def forward(self, x: Tensor, turn: Rotation, mask: Mask, cache: Cache | None, layer: int) -> Tensor:
         B, T, _ = x.shape
         q, k, v = (t.view(B, T, -1, self.head_dim) for t in together(x, self.q_proj, self.k_proj, self.v_proj))
-        q, k = rope(self.q_norm(q), *turn).transpose(1, 2), rope(self.k_norm(k), *turn).transpose(1, 2)
-        v = v.transpose(1, 2)
+        q, k = rope2(self.q_norm(q), self.k_norm(k), *turn)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, D)
         if cache is not None:
             k, v = cache.extend(layer, k, v)
         y = attention(q, k, v, mask, scale=self.scale, softcap=self.cap)

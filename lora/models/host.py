@@ -6,6 +6,7 @@ Buffers on the host are used again every step.
 
 import weakref
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -81,6 +82,19 @@ class Host:
             self.room.pop((block, place), None)  # given back before the next is taken
             room = self.room[block, place] = pinned(t.shape, t.dtype)
         return room
+
+
+def host_room() -> int | None:
+    """Bytes of the host's memory that may still be pinned: most of what is available; None where nobody tells."""
+    found = []
+    limits = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+    for path, key in (("/proc/meminfo", "MemAvailable:"), *((limit, "") for limit in limits)):
+        try:
+            line = next(x for x in Path(path).read_text().splitlines() if x.startswith(key))
+            found.append(int(line.removeprefix(key).split()[0]) * (1024 if key else 1))
+        except (OSError, StopIteration, ValueError):  # another system, or a container without a limit ("max")
+            continue
+    return int(0.9 * min(found)) if found else None
 
 
 def pinned(shape: torch.Size, dtype: torch.dtype) -> Tensor:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from lora.kernels.dispatch import on_gpu
 from lora.kernels.norm import rms_norm
-from lora.kernels.rope import rope
+from lora.kernels.rope import rope2
 from lora.kernels.swiglu import swiglu
 from lora.layer import together
 from lora.models import fused, lean
@@ -226,7 +226,8 @@ class Attention(nn.Module):
         q, k, v = (t.view(B, T, -1, self.head_dim) for t in (q, k, v))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k, v = rope(q, *turn).transpose(1, 2), rope(k, *turn).transpose(1, 2), v.transpose(1, 2)  # (B, H, T, D)
+        q, k = rope2(q, k, *turn)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, D)
         if cache is not None:
             k, v = cache.extend(layer, k, v)
         y = attention(q, k, v, mask)
