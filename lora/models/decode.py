@@ -27,6 +27,7 @@ ASK = 4  # tokens between two questions to a GPU whether all rows have ended
 PROMPT = 32  # prompts on a GPU are padded to a multiple of so many tokens, so that they share recordings
 RECORDED = 4096  # tokens of all prompts together, up to which launches matter
 PROMPTS = 8  # shapes of prompts recorded at once
+EARLY = False  # whether launches begin while those before them end: a step of 3.1 ms takes 3.7 then (H100, LOG.md)
 RECORDINGS = 4  # sets of adapters' shapes recorded at once
 
 
@@ -273,7 +274,7 @@ class Decoder:
     def _step(self) -> Tensor:
         """One token of each row through all layers; logits (B, V)."""
         c = self.model.config
-        early = can_overlap(self.device)
+        early = EARLY and can_overlap(self.device)
 
         def attend_one(layer: int, a: Tensor | None, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor | None]:
             keys, values = self.cache.kv[layer]
@@ -282,8 +283,7 @@ class Decoder:
 
         reading, x = self.now.reading, self.model.model.embed_tokens(self.token)
         if reading.in_five(x):
-            early = False  # 10 % slower: programs that wait keep a multiprocessor from those that work (LOG.md)
-            h = reading.token(x, attend_one)
+            h = reading.token(x, attend_one, early)
         else:
             h = reading.forward(x, lambda layer, *qkv: attend_one(layer, None, *qkv)[0], early)
         return self.model.lm_head(h)

@@ -30,6 +30,7 @@ from lora.quant.linear import Linear4bit
 
 BUFFERED = {"cuda"}  # devices on which factors are copied into buffers; on a CPU nothing is recorded
 AT_ONCE = 64  # factors copied in one launch: their products with the scales take memory until then
+IN_FIVE = False  # launches a block: quicker on an H100 (LOG.md), but its tests on a GPU have not been run
 MOST_RANK = 128  # of a layer's adapters together, up to which they ride in the product of its base
 
 Key = tuple[object, object]
@@ -227,7 +228,9 @@ class Reading:
 
     def in_five(self, x: Tensor) -> bool:
         """Whether `token` takes embedded tokens x (M, d): all blocks in five launches each."""
-        if not x.is_cuda or x.dtype != torch.bfloat16:  # w s, not normalised, may be too large or small for float16
+        if (
+            not IN_FIVE or not x.is_cuda or x.dtype != torch.bfloat16
+        ):  # w s, not normalised, may be too large or small for float16
             return False
         norms = [n for b in self.blocks for n in (b.input_layernorm, b.post_attention_layernorm)]
         norms.append(self.model.model.norm)
