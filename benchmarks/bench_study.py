@@ -2,7 +2,9 @@
 
     methods   full, lora (r 16), qlora (NF4, r 16), three seeds each, at the default learning rates: curves and BLEU
     ranks     lora at r = 1, 4, 16, 64, three seeds each, side by side in lora.sweep
+    long      lora at these ranks over LONG steps at 2.5 times the default rate, one seed: which rank runs full?
     rates     full and lora at six learning rates each, one seed: where is the optimum of either?
+    base      the model as it is: loss and BLEU
 A row is a meaning representation and a reference; loss is a token of the reference.  Held out are validation rows, and
 for BLEU (sacrebleu, 13a, all references) greedy answers to the distinct meaning representations of the validation set.
 
@@ -18,6 +20,7 @@ import json
 import math
 import random
 import statistics
+import sys
 import tempfile
 import time
 import warnings
@@ -28,14 +31,16 @@ from typing import Any
 import torch
 
 import lora
-from lora.train.sweep import Member, sweep
+from lora.train.members import Member
+from lora.train.sweep import sweep
 
 from models import smollm2  # isort: skip  (beside this script)
-from result import finish  # isort: skip
+from result import finish, where  # isort: skip
 
 SEEDS = (0, 1, 2)
 RATES = tuple(2.5**k for k in range(-2, 4))  # times the default of the method
-COST = {"full": 4.0, "lora": 1.5, "qlora": 1.5, "sweep": 2.5}
+LONG = 800  # 25,600 rows; rank 1 has 305 k parameters for their 700 k tokens
+COST = {"full": 4.0, "lora": 1.5, "qlora": 1.5, "sweep": 2.5, "base": 1.0}
 
 
 def plan() -> list[dict[str, Any]]:
@@ -51,6 +56,11 @@ def plan() -> list[dict[str, Any]]:
         cases.append(
             {"name": f"rates-x{half[0]:.3g}", "method": "sweep", "ranks": [16] * 3, "seeds": [0] * 3, "times": half}
         )
+    ranks = [1, 4, 16, 64]
+    cases.append(
+        {"name": "long", "method": "sweep", "ranks": ranks, "seeds": [0] * 4, "times": [2.5] * 4, "steps": LONG}
+    )
+    cases.append({"name": "base", "method": "base", "answered": True})
     return sorted(cases, key=lambda case: -COST[case["method"]])
 
 
@@ -85,6 +95,14 @@ def thin(values: list[float], every: int = 5) -> list[float]:
     return [round(statistics.mean(values[i : i + every]), 4) for i in range(0, len(values), every)]
 
 
+def answered(model: Any, tokenizer: Any, valid: list[dict[str, str]], most: int) -> dict[str, Any]:
+    """The first line of each greedy answer, and how long they took."""
+    start = time.perf_counter()
+    answers = lora.generate(model, tokenizer, [f"{mr}\nText:" for mr in asked_of(valid, most)], 64, batch=128)
+    lines = [a.strip().split("\n")[0] for a in answers]
+    return {"answers": lines, "answer_seconds": round(time.perf_counter() - start, 1)}
+
+
 def one(
     case: dict[str, Any], base: Path, train: list, held: list, valid: list, args: argparse.Namespace
 ) -> dict[str, Any]:
@@ -95,9 +113,11 @@ def one(
     rate = 5e-5 * (2000 / model.config.hidden_size) ** 0.781  # of full fine-tuning: lora.train.advice
     start = time.perf_counter()
     found: dict[str, Any] = {}
-    common: dict[str, Any] = {"batch": args.batch, "max_steps": args.steps, "progress": False}
+    steps = case.get("steps", args.steps)
+    train = train[: steps * args.batch]
+    common: dict[str, Any] = {"batch": args.batch, "max_steps": steps, "progress": False}
     if case["method"] == "sweep":
-        times = case.get("times", [1.0] * 3)
+        times = case.get("times", [1.0] * len(case["ranks"]))
         members = [
             Member(lr=10 * rate * x, r=r, alpha=32.0, seed=seed)
             for x, r, seed in zip(times, case["ranks"], case["seeds"], strict=True)
@@ -109,6 +129,10 @@ def one(
             for x in done.results
         ]  # fmt: skip
         return found | {"seconds": round(time.perf_counter() - start, 1)}
+    if case["method"] == "base":
+        report = lora.evaluate(model, tokenizer, held, metrics=("nll",))
+        found["eval_loss"] = round(report.metrics["nll"], 4)
+        return found | answered(model, tokenizer, valid, args.answers)
     torch.manual_seed(case["seed"])
     if case["method"] == "full":
         model.requires_grad_(True)
@@ -127,9 +151,7 @@ def one(
         "peak_gib": round(run.peak_bytes / 2**30, 2),
     }  # fmt: skip
     if case.get("answered"):
-        prompts = [f"{mr}\nText:" for mr in asked_of(valid, args.answers)]
-        answers = lora.generate(model, tokenizer, prompts, 64, batch=128)
-        found["answers"] = [a.strip().split("\n")[0] for a in answers]
+        found |= answered(model, tokenizer, valid, args.answers)
     return found | {"seconds": round(time.perf_counter() - start, 1)}
 
 
@@ -139,7 +161,6 @@ def run(args: argparse.Namespace) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     train = [row(r) for r in read(args.data / "train.jsonl.gz")]
     random.Random(0).shuffle(train)
-    train = train[: args.steps * args.batch]
     valid = list(read(args.data / "valid.jsonl.gz"))
     held = [row(r) for r in random.Random(0).sample(valid, args.held)]
     i, n = (int(x) for x in args.shard.split("/"))
@@ -160,7 +181,7 @@ def run(args: argparse.Namespace) -> None:
             except Exception as e:  # the next case may fare better
                 print(f"{case['name']} failed: {type(e).__name__}: {str(e)[:300]}", flush=True)
                 continue
-            file.write_text(json.dumps(case | found) + "\n")
+            file.write_text(json.dumps(case | found | {"on": where()}) + "\n")
             brief = {k: v for k, v in found.items() if k not in ("losses", "evals", "members", "answers")}
             if "members" in found:
                 brief["eval_loss"] = [m["eval_loss"] or m["failed"] for m in found["members"]]
@@ -203,6 +224,8 @@ def report(args: argparse.Namespace) -> None:
         members = cases.get(f"rank-{r}", {}).get("members", [])
         if members:
             print(f"r = {r:3d}  eval loss {spread([m['eval_loss'] for m in members if m['eval_loss']])}")
+    for m in cases.get("long", {}).get("members", []):
+        print(f"r = {m['r']:3d}  {LONG} steps, lr {m['lr']:.1e}, eval loss {m['eval_loss'] or m['failed']}")
     rates: dict[str, dict[float, float]] = {"full": {}, "lora": {}}
     for c in cases.values():
         if c["method"] == "full" and c["seed"] == 0 and "eval_loss" in c:
@@ -222,7 +245,10 @@ def report(args: argparse.Namespace) -> None:
         print(f"optimum of lora / optimum of full = {optimum['lora'] / optimum['full']:.1f}")
     if args.picture:
         draw(args.picture, cases, rates)
-    finish("study", [*cases.values(), {"optimum": optimum}], args.save)
+    on = [c.pop("on") for c in cases.values()]
+    if any(o["device"] != on[0]["device"] for o in on):
+        sys.exit(f"cases of several devices: {sorted({o['device'] for o in on})}")
+    finish("study", [*cases.values(), {"optimum": optimum}], args.save, on[0])
 
 
 def draw(path: Path, cases: dict[str, dict[str, Any]], rates: dict[str, dict[float, float]]) -> None:
@@ -237,17 +263,18 @@ def draw(path: Path, cases: dict[str, dict[str, Any]], rates: dict[str, dict[flo
         for i, c in enumerate(runs):
             left.plot([5 * k + 3 for k in range(len(c["losses"]))], c["losses"], color=color, alpha=0.25, lw=0.8)
             left.plot(*zip(*c["evals"], strict=True), color=color, marker="o", ms=3, label=method if not i else None)
-    for r in (1, 4, 16, 64):
-        for i, m in enumerate(cases.get(f"rank-{r}", {}).get("members", [])):
-            color = f"C{(1, 4, 16, 64).index(r) + 3}"
-            middle.plot([5 * k + 3 for k in range(len(m["losses"]))], m["losses"], color=color, lw=0.8, alpha=0.5)
-            middle.axhline(m["eval_loss"], color=color, ls=":", lw=0.8)
-            if not i:
-                middle.plot([], [], color=color, label=f"r = {r}")
+    ranks = cases.get("long", {}).get("members", [])
+    every = "long" if ranks else "default rate"
+    ranks = ranks or [cases[f"rank-{r}"]["members"][0] for r in (1, 4, 16, 64) if f"rank-{r}" in cases]
+    for i, m in enumerate(sorted(ranks, key=lambda m: m["r"])):
+        losses = thin(m["losses"], 4)  # of 5 steps each
+        color = f"C{i + 3}"
+        middle.plot([20 * k + 10 for k in range(len(losses))], losses, color=color, label=f"r = {m['r']}")
+        middle.axhline(m["eval_loss"] or math.nan, color=color, ls=":", lw=0.8)
     for method, points in rates.items():
         right.plot(*zip(*sorted(points.items()), strict=True), marker="o", label=method)
     left.set(title="held-out loss (dots), training loss (thin)", xlabel="step", ylabel="nats a token")
-    middle.set(title="ranks: training loss, held-out at the end (dotted)", xlabel="step")
+    middle.set(title=f"ranks ({every}): training, held-out at the end (dotted)", xlabel="step")
     right.set(title="held-out loss by learning rate", xlabel="learning rate", xscale="log")
     evals = [v for c in cases.values() for _, v in c.get("evals", [])]
     for axis in (left, middle):
@@ -270,7 +297,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=240)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--held", type=int, default=320, help="validation rows of the loss")
-    parser.add_argument("--answers", type=int, default=256, help="meaning representations that BLEU is taken over")
+    parser.add_argument("--answers", type=int, default=547, help="meaning representations that BLEU is taken over")
     parser.add_argument("--picture", type=Path, help="where to draw the curves (needs matplotlib)")
     parser.add_argument("--save", action="store_true", help="write results/study-<cpu or gpu>.json")
     args = parser.parse_args()

@@ -5,13 +5,20 @@ tokens all learned, 4 rows a batch and adapter: lora.fit six times, and lora.swe
 run for two numbers of steps: the difference gives a step without what comes once (data, probe, recording a graph), and
 the longer one is given whole.  A solo step is the median over the members.
 
+What a person waits for is more: imports, loading, quantizing, compiling, recording, writing.  --commands times the
+commands themselves on a bfloat16 checkpoint of that shape: `lora train` a member, some of them, and one `lora sweep`.
+
 usage: python benchmarks/bench_sweep.py [--members 6] [--r 16] [--batch 4] [--length 256] [--steps 10 50]
-       [--layers 16] [--eager] [--profile] [--save]     --r 8,16 gives half of the members each
+       [--layers 16] [--eager] [--profile] [--commands STEPS [--alone N]] [--save]
+       --r 8,16 gives half of the members each
 """
 
 import argparse
+import json
 import random
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -29,17 +36,22 @@ from lora.models.tokenizer import Tokenizer
 from lora.quant.linear import Linear4bit
 from lora.quant.weight import quantize_tensor
 from lora.train import graph
-from lora.train.sweep import Member, sweep
+from lora.train.members import Member
+from lora.train.sweep import sweep
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def base(layers: int, hidden: int, wide: int, vocab: int, dtype: torch.dtype) -> Llama:
-    """Random weights, packed one layer at a time."""
-    config = LlamaConfig(
-        vocab_size=vocab, hidden_size=hidden, intermediate_size=wide, num_layers=layers, num_heads=hidden // 64,
-        num_kv_heads=hidden // 256, head_dim=64, max_length=8192, eps=1e-5, rope_theta=500000.0, tied=True,
+def shape(args: argparse.Namespace) -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=args.vocab, hidden_size=args.hidden, intermediate_size=4 * args.hidden, num_layers=args.layers,
+        num_heads=args.hidden // 64, num_kv_heads=args.hidden // 256, head_dim=64, max_length=8192, eps=1e-5,
+        rope_theta=500000.0, tied=True,
     )  # fmt: skip
+
+
+def base(config: LlamaConfig, dtype: torch.dtype) -> Llama:
+    """Random weights, packed one layer at a time."""
     with torch.device("meta"):
         model = Llama(config)
     for name, module in list(model.named_modules()):
@@ -69,6 +81,41 @@ def bytes_tokenizer() -> Tokenizer:
         return Tokenizer.from_directory(Path(folder))
 
 
+def commands(args: argparse.Namespace, tokenizer: Tokenizer, rows: list[dict[str, str]]) -> dict[str, Any]:
+    """Seconds of `lora train`, of args.alone members, and of `lora sweep` of them all, after one that compiles."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        with torch.device(DEVICE):
+            model = shape(args).build().to(torch.bfloat16)
+        for p in model.parameters():
+            nn.init.normal_(p, std=0.02) if p.ndim > 1 else nn.init.ones_(p)
+        model.tie()
+        lora.save_pretrained(model, tokenizer, folder / "base")
+        del model
+        (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+        def run(word: str, out: str, *more: str) -> float:
+            line = [sys.executable, "-m", "lora", word, "--model", str(folder / "base"), "--learn", "all"]
+            line += ["--data", str(folder / "rows.jsonl"), "--out", str(folder / out), "--batch", str(args.batch)]
+            line += ["--max_steps", str(args.commands), "--progress", "false", *more]
+            start = time.perf_counter()
+            subprocess.run(line, check=True, capture_output=True)
+            return time.perf_counter() - start
+
+        rates = [f"{1e-4 * (1 + i):g}" for i in range(args.members)]
+        run("train", "warm", "--lr", rates[0], "--max_steps", "3", "--save_every", "0")
+        alone = [run("train", f"solo{i}", "--lr", rates[i], "--save_every", "0") for i in range(args.alone)]
+        together = run("sweep", "sweep", "--lr", ",".join(rates))
+    one = statistics.median(alone)
+    return {
+        "commands": args.commands,
+        "train_s": [round(s, 2) for s in alone],
+        f"{args.members}_trains_s": round(one * args.members, 2),
+        "sweep_s": round(together, 2),
+        "ratio": round(together / (one * args.members), 3),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--members", type=int, default=6)
@@ -81,13 +128,14 @@ def main() -> None:
     parser.add_argument("--vocab", type=int, default=128256)
     parser.add_argument("--eager", action="store_true", help="without CUDA graphs")
     parser.add_argument("--profile", action="store_true", help="print where the steps' time on the GPU goes")
+    parser.add_argument("--commands", type=int, default=0, help="also time commands of so many steps")
+    parser.add_argument("--alone", type=int, default=3, help="how many `lora train` of them, for the median")
+    parser.add_argument("--turns", type=int, default=2, help="how often all is measured")
     parser.add_argument("--save", action="store_true", help="write results/sweep-<cpu or gpu>.json")
     args = parser.parse_args()
     torch.manual_seed(0)
     graph.RECORD = not args.eager
-    model = base(
-        args.layers, args.hidden, 4 * args.hidden, args.vocab, torch.bfloat16 if DEVICE == "cuda" else torch.float32
-    )
+    model = base(shape(args), torch.bfloat16 if DEVICE == "cuda" else torch.float32)
     tokenizer, draw = bytes_tokenizer(), random.Random(0)
     letters = "abcdefghijklmnopqrstuvwxyz "
     rows = [{"text": "".join(draw.choices(letters, k=args.length - 1))} for _ in range(args.batch * max(args.steps))]
@@ -122,7 +170,7 @@ def main() -> None:
     together(3)
     few, many = args.steps
     rows_out = []
-    for turn in range(2):
+    for turn in range(args.turns):
         alone = [(solo(m, few), solo(m, many)) for m in members]
         at_once = (together(few), together(many))
         one = statistics.median((b - a) / (many - few) for a, b in alone)
@@ -150,6 +198,12 @@ def main() -> None:
             with record(activities=[ProfilerActivity.CUDA]) as p:
                 run()
             print(p.key_averages().table(sort_by="cuda_time_total", row_limit=32, max_name_column_width=64))
+    if args.commands:
+        del model
+        if DEVICE == "cuda":
+            torch.cuda.empty_cache()
+        rows_out.append(commands(args, tokenizer, rows))
+        print(rows_out[-1], flush=True)
     finish("sweep", [vars(args) | {"device": DEVICE}, *rows_out], args.save)
 
 

@@ -24,9 +24,18 @@ def device_name() -> str:
     return f"{name}, {os.cpu_count()} cores"
 
 
-def _path(bench: str) -> Path:
-    kind = "gpu" if torch.cuda.is_available() else "cpu"
-    return Path(__file__).parent / "results" / f"{bench}-{kind}.json"
+def where() -> dict[str, str]:
+    """What a row was measured on, and when."""
+    return {
+        "kind": "gpu" if torch.cuda.is_available() else "cpu",
+        "date": datetime.date.today().isoformat(),
+        "device": device_name(),
+        "torch": str(torch.__version__),
+    }
+
+
+def _path(bench: str, kind: str | None = None) -> Path:
+    return Path(__file__).parent / "results" / f"{bench}-{kind or where()['kind']}.json"
 
 
 def kept_rows(bench: str, keep: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
@@ -38,26 +47,25 @@ def kept_rows(bench: str, keep: Callable[[dict[str, Any]], bool]) -> list[dict[s
     return [{"date": document["date"]} | row for row in document["rows"] if keep(row)]
 
 
-def finish(bench: str, rows: list[dict[str, Any]], save: bool) -> None:
-    """Prints the JSON line and, with `save`, writes results/<bench>-<cpu or gpu>.json."""
+def finish(bench: str, rows: list[dict[str, Any]], save: bool, on: dict[str, str] | None = None) -> None:
+    """Prints the JSON line and, with `save`, writes results/<bench>-<cpu or gpu>.json.
+
+    `on` is `where()` of the machine that measured, if it was not this one.
+    """
+    on = on or where()
     if save:
-        keep(bench, rows)
-    print(json.dumps(_document(bench, rows)))
+        keep(bench, rows, on)
+    print(json.dumps(_document(bench, rows, on)))
 
 
-def keep(bench: str, rows: list[dict[str, Any]]) -> None:
+def keep(bench: str, rows: list[dict[str, Any]], on: dict[str, str] | None = None) -> None:
     """Writes results/<bench>-<cpu or gpu>.json: a long run does so after each part, and a cut-off loses one part."""
-    _path(bench).write_text(json.dumps(_document(bench, rows), indent=1) + "\n")
+    on = on or where()
+    _path(bench, on["kind"]).write_text(json.dumps(_document(bench, rows, on), indent=1) + "\n")
 
 
-def _document(bench: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    return {
-        "bench": bench,
-        "date": datetime.date.today().isoformat(),
-        "device": device_name(),
-        "torch": torch.__version__,
-        "rows": rows,
-    }
+def _document(bench: str, rows: list[dict[str, Any]], on: dict[str, str]) -> dict[str, Any]:
+    return {"bench": bench, **{key: on[key] for key in ("date", "device", "torch")}, "rows": rows}
 
 
 def resident_peak() -> int:

@@ -6,7 +6,8 @@
 
 Adapters side by side (`parts` k > 1): each of k equal runs of rows has factors of its own, a_i (k, r, K) and b_i
 (k, N, r).  The products with the factors are then batched, k at a time, and T and U stand block-diagonal in the added
-columns, zero where a column is another adapter's: the base's product stays one.
+columns, zero where a column is another adapter's: the base's product stays one.  Their factors come rounded, with and
+without the scale (`side.Rounded`), once a step for all layers and not for each: a launch costs more than it copies.
 
 W (N, K) is decoded (or copied) into a reused buffer whose rows have room for B, or whose end has room for A, so the
 update costs R more columns of one product and not two products of its own with Y read and written again: 8-18 % of a
@@ -30,6 +31,7 @@ from lora.kernels.linear4 import Weight4
 from lora.kernels.norm import rms_norm_forward
 from lora.kernels.op import op
 from lora.kernels.scratch import scratch
+from lora.kernels.side import blocks, diagonal, joined, rounded, spread
 
 ROOM = 64  # the added columns are a multiple of it, so that rows begin on 128 bytes and products get whole tiles
 
@@ -37,7 +39,8 @@ ROOM = 64  # the added columns are a multiple of it, so that rows begin on 128 b
 class Group(NamedTuple):
     """Layers that read one input: their weights (N_i, K), biases and updates, None where a layer has none.
 
-    With `parts` k > 1 every update is (a (k, r, K), b (k, N, r), s (k,)), each for its own k-th of the rows.
+    With `parts` k > 1 every update is (a (k, r, K), b (k, N, r), s (k,)), each for its own k-th of the rows, and a
+    `side.Rounded` may stand behind them.
     """
 
     weights: tuple[Weight4 | Tensor, ...]
@@ -124,8 +127,7 @@ def _fringe_op(
     out: Tensor, src: Tensor | None, at: int, bias: Tensor | None, ones: bool, last: int, scale: float
 ) -> None:
     M, room = out.shape
-    BLOCK = triton.next_power_of_2(room)
-    ROWS = max(1, 2048 // BLOCK)
+    BLOCK, ROWS = blocks(room)
     r, stride = (0, 0) if src is None else (src.shape[1], src.stride(0))
     with torch.cuda.device_of(out):  # Triton launches on the current device, not on the tensors'
         _fringe_kernel[(-(-M // ROWS),)](
@@ -163,7 +165,7 @@ def stack_a(group: Group, out: Tensor, scaled: bool) -> Tensor:
     at = 0
     if group.parts > 1:
         at = group.parts * sum(group.ranks)
-        _stack_parts(group, out[:at].unflatten(0, (group.parts, -1)), scaled)
+        out[:at].unflatten(0, (group.parts, -1)).copy_(_stack_parts(group, out.dtype, scaled))
     for low in group.lows if group.parts == 1 else ():
         if low:
             r = low[0].shape[0]
@@ -188,43 +190,23 @@ def spread_b(group: Group, out: Tensor, scaled: bool) -> None:
 
 
 # ---- adapters side by side ----
-def _stack_parts(group: Group, out: Tensor, scaled: bool) -> None:
-    """Every a into `out` (k, Σ r, K), times the scales if `scaled`."""
-    at = 0
-    for low, r in zip(group.lows, group.ranks, strict=True):
-        if low:
-            torch.mul(low[0].detach(), low[2][:, None, None] if scaled else 1.0, out=out[:, at : at + r])
-            at += r
+def _stack_parts(group: Group, dtype: torch.dtype, scaled: bool) -> Tensor:
+    """Every a (k, Σ r, K), times the scales if `scaled`."""
+    return joined([rounded(low, dtype, "sa" if scaled else "a") for low in group.lows if low])
 
 
 def _spread_parts(group: Group, out: Tensor) -> None:
     """Every b of every part, the biases behind them, into `out` (Σ N, room): adapter by adapter, zeros elsewhere."""
-    R = sum(group.ranks)
-    out.zero_()
-    columns = out[:, : group.parts * R].unflatten(1, (group.parts, R))  # (Σ N, k, Σ r)
-    row = at = 0
+    R, row, at = sum(group.ranks), 0, 0
     for n, r, low, bias in zip(group.sizes, group.ranks, group.lows, group.biases, strict=True):
-        if low:
-            columns[row : row + n, :, at : at + r].copy_(low[1].detach().transpose(0, 1))
-        if bias is not None:
-            out[row : row + n, group.parts * R].copy_(bias.detach())
+        b = rounded(low, out.dtype, "b") if low else None
+        spread(out[row : row + n], b, at, R, group.parts, None if bias is None else bias.detach())
         row, at = row + n, at + r
 
 
 def _runs(group: Group, x: Tensor) -> Tensor:
     """Rows (M, ...) as the parts' (k, M / k, ...)."""
     return x.unflatten(0, (group.parts, -1))
-
-
-def _fringe_parts(group: Group, out: Tensor, t: Tensor | None, ones: bool) -> None:
-    """t (k, M / k, Σ r) block-diagonal into `out` (M, room), ones behind it, zeros elsewhere."""
-    out.zero_()
-    R = sum(group.ranks)
-    if t is not None:
-        blocks = _runs(group, out[:, : group.parts * R]).unflatten(2, (group.parts, R))  # (k, M / k, k, Σ r)
-        blocks.diagonal(dim1=0, dim2=2).copy_(t.permute(1, 2, 0))  # (M / k, Σ r, k)
-    if ones:
-        out[:, group.parts * R] = 1.0
 
 
 def _decode(weights: Sequence[Weight4 | Tensor], out: Tensor) -> None:
@@ -243,10 +225,11 @@ def _decode(weights: Sequence[Weight4 | Tensor], out: Tensor) -> None:
         row += n
 
 
-def _low(group: Group, x: Tensor, a: Tensor) -> Tensor:
-    """T (M, Σ r), by parts (k, M / k, Σ r), of the group's input (M, K) and its scaled factors a (k Σ r, K)."""
+def _low(group: Group, x: Tensor) -> Tensor:
+    """T (M, Σ r), by parts (k, M / k, Σ r), of the group's input (M, K)."""
     if group.parts > 1:
-        return _runs(group, x) @ _runs(group, a).mT
+        return _runs(group, x) @ _stack_parts(group, x.dtype, scaled=True).mT
+    a = stack_a(group, torch.empty(sum(group.ranks), group.K, dtype=x.dtype, device=x.device), scaled=True)
     if not any(group.drop):
         return x @ a.T
     t = torch.empty(x.shape[0], a.shape[0], dtype=x.dtype, device=x.device)
@@ -296,10 +279,9 @@ def forward(group: Group, xw: Tensor, t: Tensor | None = None, add: Tensor | Non
         spread_b(group, buffer[:, K:], scaled=False)
         ones = any(b is not None for b in group.biases)
         if R and t is None:
-            a = stack_a(group, torch.empty(group.parts * R, K, dtype=xw.dtype, device=xw.device), scaled=True)
-            t = _low(group, xw[:, :K], a)
-        if group.parts > 1:
-            _fringe_parts(group, xw[:, K:], t, ones)
+            t = _low(group, xw[:, :K])
+        if group.parts > 1 and t is not None:
+            diagonal(xw[:, K:], t, ones)
         else:
             fringe(xw[:, K:], t, ones=ones, last=R)
     if add is not None:
@@ -327,7 +309,7 @@ def backward(
     dy, u = dyw[:, :N], None
     if R and group.parts > 1:
         assert t is not None
-        u, dbs = _backward_parts(group, dy, t)
+        u = _backward_parts(group, dy, t)
     elif R:
         b = wide(N, 0, group.room, dyw, "b")
         spread_b(group, b, scaled=True)
@@ -339,8 +321,8 @@ def backward(
     buffer = wide(N + room, K, 0, dyw, "weight")
     _decode(group.weights, buffer[:N])
     if room:
-        if group.parts > 1:
-            _fringe_parts(group, dyw[:, N:], u, ones=False)
+        if group.parts > 1 and u is not None:
+            diagonal(dyw[:, N:], u)
         else:
             fringe(dyw[:, N:], u)
         a = stack_a(group, buffer[N:], scaled=False)
@@ -357,19 +339,14 @@ def backward(
     return out, u, dbs
 
 
-def _backward_parts(group: Group, dy: Tensor, t: Tensor) -> tuple[Tensor, list[Tensor | None]]:
-    """U (k, M / k, Σ r) and db_i (k, N_i, r_i) of dY (M, Σ N)."""
+def _backward_parts(group: Group, dy: Tensor, t: Tensor) -> Tensor:
+    """U (k, M / k, Σ r) of dY (M, Σ N)."""
     u = torch.empty_like(t)
-    dbs: list[Tensor | None] = []
-    row = at = 0
-    for n, r, low in zip(group.sizes, group.ranks, group.lows, strict=True):
-        part = _runs(group, dy[:, row : row + n])  # (k, M / k, N)
+    parts = zip(dy.split(group.sizes, dim=1), u.split(group.ranks, dim=2), group.lows, strict=True)
+    for part, out, low in parts:
         if low:
-            b = (low[1].detach() * low[2][:, None, None]).to(dy.dtype)
-            u[:, :, at : at + r].copy_(part @ b)
-        dbs.append(product32(part.mT, t[:, :, at : at + r]) if low else None)
-        row, at = row + n, at + r
-    return u, dbs
+            torch.bmm(_runs(group, part), rounded(low, dy.dtype, "sb"), out=out)
+    return u
 
 
 def product32(a: Tensor, b: Tensor) -> Tensor:
@@ -380,9 +357,10 @@ def product32(a: Tensor, b: Tensor) -> Tensor:
 
 
 def grad_b(group: Group, dy: Tensor, t: Tensor | None) -> list[Tensor | None]:
-    """db_i = dY_iᵀ T_i of each layer, None without an update."""
+    """db_i = dY_iᵀ T_i of each layer, of each of its parts, None without an update."""
     parts = zip(dy.split(group.sizes, dim=1), columns(group, t), strict=True)
-    return [None if part is None else product32(y.T, part) for y, part in parts]
+    runs = [(y if group.parts == 1 else _runs(group, y), part) for y, part in parts]
+    return [None if part is None else product32(y.mT, part) for y, part in runs]
 
 
 def scaled(group: Group, u: Tensor) -> Tensor:
@@ -411,10 +389,12 @@ def grad_a(
         return [None] * len(group.weights)
     if group.parts > 1:
         x, r = _runs(group, x), None if r is None else _runs(group, r)
-    u = (u if r is None else u * r).to(x.dtype)
-    if any(group.drop):
-        pairs = zip(columns(group, u), group.drop, strict=True)
-        das = [None if p is None else product32(p.T, x if drop is None else _dropped(x, drop)) for p, drop in pairs]
-    else:
-        das = [part if part.shape[-2] else None for part in product32(u.mT, x).split(group.ranks, dim=-2)]
+    u = u.to(x.dtype) if r is None else torch.mul(u, r, out=torch.empty_like(u, dtype=x.dtype))
+    if not any(group.drop):
+        da = product32(u.mT, x)
+        if w is not None:
+            da.mul_(w)
+        return [part if part.shape[-2] else None for part in da.split(group.ranks, dim=-2)]
+    pairs = zip(columns(group, u), group.drop, strict=True)
+    das = [None if p is None else product32(p.T, x if drop is None else _dropped(x, drop)) for p, drop in pairs]
     return [da if da is None or w is None else da.mul_(w) for da in das]

@@ -6,6 +6,8 @@
                db = dgᵀ t_g, duᵀ t_u     t (M, r): what the products before g and u gave for their factors b
 silu(g) = g σ(g), σ(g) = 1 / (1 + exp(-g)); gelu is the tanh form, which is g σ(2 z), z = √(2/π) (g + 0.044715 g³).
 
+Adapters side by side, each with an equal run of the rows, have sums of their own: factors (k, M / k, r) say so.
+
 dg and du are written over g and u.  As products of their own the sums would read h, dg and du once more, and h would
 have to be written for them: 3 + 4 tensors of M x F beside the 5 that must move.  Here a tile of them goes to the tensor
 cores while it is at hand; each program sums over some of the rows, and the parts are added in a fixed order.
@@ -56,8 +58,8 @@ def _backward_ref(dh: Tensor, g: Tensor, u: Tensor, gelu: bool) -> Tensor:
 
 
 def _sum_ref(x: Tensor, y: Tensor) -> Tensor:
-    """xᵀ y in float32 or wider."""
-    return (x.float() if x.element_size() < 4 else x).T @ (y.float() if y.element_size() < 4 else y)
+    """xᵀ y in float32 or wider, of each run."""
+    return (x.float() if x.element_size() < 4 else x).mT @ (y.float() if y.element_size() < 4 else y)
 
 
 # ---- kernel ----
@@ -123,10 +125,10 @@ def _forward_kernel(
 
 
 @triton.jit
-def _factor(ptr, row, M, stride_m, r, R: tl.constexpr):
-    """Rows of a (M, r) matrix as (ROWS, R)."""
+def _factor(ptr, row, end, stride_m, r, R: tl.constexpr):
+    """Rows of a (M, r) matrix as (ROWS, R), zeros from row `end` on."""
     rank = tl.arange(0, R)[None, :]
-    return tl.load(ptr + row * stride_m + rank, mask=(row < M) & (rank < r), other=0.0)
+    return tl.load(ptr + row * stride_m + rank, mask=(row < end) & (rank < r), other=0.0)
 
 
 @triton.jit
@@ -140,7 +142,8 @@ def _backward_kernel(
     da_ptr,  # (parts, r_v, F) f32
     dbg_ptr,  # (parts, F, r_g) f32
     dbu_ptr,  # (parts, F, r_u) f32
-    M,
+    run,  # rows that are summed together
+    share,  # programs that share a run and a column
     F,
     steps,  # blocks of ROWS rows a program
     dh_stride_m,
@@ -169,9 +172,11 @@ def _backward_kernel(
     da = tl.zeros((COLS, R), dtype=tl.float32)
     dbg = tl.zeros((COLS, R), dtype=tl.float32)
     dbu = tl.zeros((COLS, R), dtype=tl.float32)
+    first = part // share * run
+    end = first + run
     for step in range(steps):
-        row = (part * steps + step) * ROWS + tl.arange(0, ROWS)[:, None]  # (ROWS, 1) int64
-        mask = (row < M) & (col[None, :] < F)
+        row = first + (part % share * steps + step) * ROWS + tl.arange(0, ROWS)[:, None]  # (ROWS, 1) int64
+        mask = (row < end) & (col[None, :] < F)
         g_at = g_ptr + row * g_stride_m + col[None, :]
         u_at = u_ptr + row * u_stride_m + col[None, :]
         dh_at = dh_ptr + row * dh_stride_m + col[None, :]
@@ -187,13 +192,13 @@ def _backward_kernel(
         if H:
             tl.store(dh_at, h, mask=mask)
         if V:
-            v = _factor(v_ptr, row, M, v_stride_m, r_v, R).to(dtype)
+            v = _factor(v_ptr, row, end, v_stride_m, r_v, R).to(dtype)
             da = tl.dot(tl.trans(h), v, da, input_precision=PRECISION)
         if TG:
-            t = _factor(tg_ptr, row, M, tg_stride_m, r_g, R).to(dtype)
+            t = _factor(tg_ptr, row, end, tg_stride_m, r_g, R).to(dtype)
             dbg = tl.dot(tl.trans(dg), t, dbg, input_precision=PRECISION)
         if TU:
-            t = _factor(tu_ptr, row, M, tu_stride_m, r_u, R).to(dtype)
+            t = _factor(tu_ptr, row, end, tu_stride_m, r_u, R).to(dtype)
             dbu = tl.dot(tl.trans(du), t, dbu, input_precision=PRECISION)
     rank = tl.arange(0, R)[None, :]
     col = col[:, None]
@@ -220,37 +225,41 @@ def _forward_op(g: Tensor, u: Tensor, h: Tensor) -> None:
 
 @op("lora::gate_backward", mutates=("dh", "g", "u"))
 def _backward_op(
-    dh: Tensor, g: Tensor, u: Tensor, v: Tensor | None, tg: Tensor | None, tu: Tensor | None, gelu: bool, keep_h: bool
+    dh: Tensor,
+    g: Tensor,
+    u: Tensor,
+    v: Tensor | None,
+    tg: Tensor | None,
+    tu: Tensor | None,
+    gelu: bool,
+    keep_h: bool,
+    runs: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     M, F = g.shape
-    parts = min(PARTS, max(1, -(-M // ROWS)))
-    steps = -(-M // (parts * ROWS))
+    run = M // runs
+    share = min(-(-PARTS // runs), max(1, -(-run // ROWS)))
+    parts, steps = runs * share, -(-run // (share * ROWS))
     ranks = [0 if t is None else t.shape[1] for t in (v, tg, tu)]
     shapes = ((parts, ranks[0], F), (parts, F, ranks[1]), (parts, F, ranks[2]))
     sums = [torch.empty(shape, dtype=torch.float32, device=g.device) for shape in shapes]
     strides = [0 if t is None else t.stride(0) for t in (v, tg, tu)]
     with torch.cuda.device_of(g):
         _backward_kernel[(-(-F // COLS), parts)](
-            dh, g, u, *(g if t is None else t for t in (v, tg, tu)), *sums, M, F, steps,
+            dh, g, u, *(g if t is None else t for t in (v, tg, tu)), *sums, run, share, F, steps,
             dh.stride(0), g.stride(0), u.stride(0), *strides, *ranks,
             GELU=gelu, INTERPRETED=INTERPRETED, H=keep_h, V=v is not None, TG=tg is not None, TU=tu is not None,
             R=max(16, triton.next_power_of_2(max(ranks))), ROWS=ROWS, COLS=COLS,
             PRECISION="ieee" if g.dtype == torch.float32 else "tf32", num_warps=WARPS,
         )  # fmt: skip
-    return sums[0].sum(0), sums[1].sum(0), sums[2].sum(0)
+    a, bg, bu = (t.unflatten(0, (runs, share)).sum(1) for t in sums)
+    return a, bg, bu
 
 
 @_backward_op.register_fake
-def _(
-    dh: Tensor, g: Tensor, u: Tensor, v: Tensor | None, tg: Tensor | None, tu: Tensor | None, gelu: bool, keep_h: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(dh, g, u, v, tg, tu, gelu, keep_h, runs):
     F, ranks = g.shape[1], [0 if t is None else t.shape[1] for t in (v, tg, tu)]
-    f32 = torch.float32
-    return (
-        g.new_empty((ranks[0], F), dtype=f32),
-        g.new_empty((F, ranks[1]), dtype=f32),
-        g.new_empty((F, ranks[2]), dtype=f32),
-    )
+    shapes = ((runs, ranks[0], F), (runs, F, ranks[1]), (runs, F, ranks[2]))
+    return tuple(g.new_empty(shape, dtype=torch.float32) for shape in shapes)
 
 
 def gate_forward(g: Tensor, u: Tensor, gelu: bool, out: Tensor) -> Tensor:
@@ -277,28 +286,41 @@ def gate_backward(
     """Writes dg over g, du over u and, with keep_h, h over dh; returns vᵀ h (r, F), dgᵀ tg and duᵀ tu (F, r), float32.
 
     dh, g and u are (M, F) of any row stride, v, tg and tu (M, r) with r at most MAX_RANK, or None: then so is the sum.
+    Where they are (k, M / k, r), so are the sums of each run of rows: (k, r, F) and (k, F, r).
     The factors of the sums are rounded to the dtype of g.
     """
     _check(g, dh=dh, u=u)
-    given = {"v": v, "tg": tg, "tu": tu}
-    for name, t in given.items():
-        if t is not None and (t.dim() != 2 or t.shape[0] != g.shape[0] or not 1 <= t.shape[1] <= MAX_RANK):
+    factors = [v, tg, tu]
+    there = [t for t in factors if t is not None]
+    heads = {t.shape[:-2] for t in there} or {torch.Size()}
+    runs = next(iter(heads)).numel() if len(heads) == 1 else 0
+    for name, t in zip(("v", "tg", "tu"), factors, strict=True):
+        rows = g.shape[0] // runs if runs and g.shape[0] % runs == 0 else 0
+        if t is not None and (t.dim() > 3 or t.shape[-2] != rows or not 1 <= t.shape[-1] <= MAX_RANK):
             raise ValueError(
-                f"{name} is {tuple(t.shape)}; beside {g.shape[0]} rows it is ({g.shape[0]}, r), r at most {MAX_RANK}"
+                f"{name} is {tuple(t.shape)}; beside {g.shape[0]} rows it is ({g.shape[0]}, r), or k runs of them "
+                f"(k, {g.shape[0]} / k, r) as all are, r at most {MAX_RANK}"
             )
-    there = [t for t in given.values() if t is not None]
     made: tuple[Tensor, ...]
     if use_triton(dh, g, u, *there) and g.numel():
-        v, tg, tu = (t if t is None or t.stride(1) == 1 else t.contiguous() for t in (v, tg, tu))
-        made = _backward_op(dh, g, u, v, tg, tu, gelu, keep_h)
+        flat = (t if t is None else _rows(t) for t in factors)
+        made = _backward_op(dh, g, u, *flat, gelu, keep_h, runs)
+        made = tuple(m.view(*next(iter(heads)), *m.shape[1:]) for m in made)
     else:
         h = _backward_ref(dh, g, u, gelu)
         if keep_h:
             dh.copy_(h)
-        pairs = ((v, h), (g, tg), (u, tu))
+        h, dg, du = (t.unflatten(0, (*next(iter(heads)), -1)) for t in (h, g, u))
+        pairs = ((v, h), (dg, tg), (du, tu))
         made = tuple(g if x is None or y is None else _sum_ref(x.to(g.dtype), y.to(g.dtype)) for x, y in pairs)
-    a, bg, bu = (None if t is None else m for t, m in zip((v, tg, tu), made, strict=True))
+    a, bg, bu = (None if t is None else m for t, m in zip(factors, made, strict=True))
     return a, bg, bu
+
+
+def _rows(t: Tensor) -> Tensor:
+    """A factor (M, r) or (k, M / k, r) as (M, r), each row without gaps."""
+    t = t.flatten(0, -2)
+    return t if t.stride(1) == 1 else t.contiguous()
 
 
 def _check(g: Tensor, **others: Tensor) -> None:

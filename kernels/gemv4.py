@@ -22,8 +22,8 @@ from lora.kernels.warp import permute_table
 
 __all__ = ["MOST_ROWS", "can_gemv4", "down", "gemv4", "gemv4_group", "permute_table"]
 
-# Of x; with more, decoding into a buffer and a plain product are taken.  Measured with the kernel before this one:
-# `benchmarks/bench_gemv4.py` prints the other way as decode_ms.
+# Of x; with more, decoding into a buffer and a plain product are taken.  On an H100 (LOG.md) ours takes .025 ms of 64
+# rows by 4096 x 4096 and the other way .025, of 96 .038 and .026; with larger weights ours wins up to 64 to 96.
 MOST_ROWS = 64
 # Bytes of shared memory of a program, beside those of warp.py: more than half of what there is, so that each fills a
 # multiprocessor.  With two of them on one, those of the launch behind meet on few: 25.8 us for 17 at 4096 x 14336.
@@ -40,10 +40,14 @@ class Plan(NamedTuple):
     warps: int = 16
 
     def steps(self, K: int, tiles: int) -> tuple[int, int]:
-        """Units of a warp in a row of K weights, and how many of them are written out: loops move registers about."""
+        """Units of a warp in a row of K weights, and how many of them are written out: all if x is kept, or a few.
+
+        A loop moves registers about, but long code is slow too: 7 units of it cost 4 % at 4096 x 14336 on an H100.
+        """
         steps = -(-K // (64 * self.unit * self.warps))
-        most = max(1, 16 // (self.rows * self.unit * tiles))
-        return steps, next(n for n in range(min(steps, most), 0, -1) if steps % n == 0)
+        if steps * self.unit * self.warps * tiles <= 128:
+            return steps, steps
+        return steps, 2 if steps % 2 == 0 and self.rows * self.unit * tiles <= 8 else 1
 
     def memory(self, tiles: int, turns: int) -> int:
         """Bytes of shared memory for the slots and the sums of two turns."""
@@ -67,7 +71,7 @@ def plan(K: int, tiles: int) -> Plan:
         return Plan(1, unit(16), 2, 2)
     if blocks <= 64:  # x is kept in registers: 128 of each of 256 threads
         return Plan(1, unit(8), 3, 3, 8)
-    return Plan(2, unit(8), 2, 2, 8)  # x is read for twice the rows at once
+    return Plan(2, min(unit(8), 2), 3, 3, 8)  # x is read for twice the rows at once
 
 
 def share(groups: Sequence[int], most: int) -> tuple[int, list[int]]:
@@ -119,11 +123,22 @@ def processors(device: torch.device) -> int:
     return 3 if INTERPRETED else torch.cuda.get_device_properties(device).multi_processor_count
 
 
+@functools.cache
+def fits(device: torch.device) -> bool:
+    """Whether a multiprocessor has the shared memory, and the instructions: an H100 and those after it, not RTX cards.
+
+    What is no GPU passes: the interpreter, and dry runs.
+    """
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return True
+    return (9, 0) <= torch.cuda.get_device_capability(device) < (12, 0)
+
+
 def can_gemv4(x: Tensor, q: Tensor, block: int, K: int) -> bool:
     """Whether `gemv4_group` takes rows x (M, K): on a GPU, few rows of 16 bits, K and blocks in runs of 64."""
     few = 0 < x.numel() <= MOST_ROWS * K
     whole = K % 64 == 0 and block >= 64 and q.storage_offset() % 16 == 0  # codes are copied 16 bytes at a time
-    return few and whole and x.dtype in (torch.bfloat16, torch.float16) and use_triton(x, q)
+    return few and whole and x.dtype in (torch.bfloat16, torch.float16) and use_triton(x, q) and fits(x.device)
 
 
 def gemv4(

@@ -67,12 +67,15 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         """The batch on a device. To a GPU it goes by pinned memory, and nobody waits for it."""
-        ids, real, at, target, owner = (_to(t, device) for t in (self.ids, self.real, self.at, self.target, self.owner))
-        positions = None if self.positions is None else _to(self.positions, device)
+        ids, real, at, target, owner = (
+            to_device(t, device) for t in (self.ids, self.real, self.at, self.target, self.owner)
+        )
+        positions = None if self.positions is None else to_device(self.positions, device)
         return Batch(ids, real, at, target, owner, self.rows, positions, self.documents)
 
 
-def _to(t: Tensor, device: torch.device) -> Tensor:
+def to_device(t: Tensor, device: torch.device) -> Tensor:
+    """`t` there; to a GPU it goes by pinned memory, and nobody waits for it."""
     by_pinned = device.type == "cuda" and not t.is_cuda
     return t.pin_memory().to(device, non_blocking=True) if by_pinned else t.to(device)
 

@@ -34,6 +34,7 @@ from lora.kernels import (
     gemv4,
     norm,
     rope,
+    side,
     swiglu,
     token4,
 )
@@ -281,6 +282,20 @@ def fringe(put: Put) -> Call:
     def call() -> list[Tensor]:
         fold.fringe(out[:, 30:94], src, 2, bias, last=7, scale=0.5)
         fold.fringe(out[:, :30], src, 0, ones=True, last=6)
+        return [out]
+
+    return call
+
+
+@case
+def laid_out_side_by_side(put: Put) -> Call:
+    out, b, t, bias = put(half(12, 100)), put(half(3, 12, 5)), put(half(3, 4, 7)), put(half(12))
+
+    def call() -> list[Tensor]:
+        side.spread(out[:, 30:94], b, 2, 8, 3, bias)
+        side.diagonal(out[:, 6:30], t, ones=True)
+        side.spread(out[:, :6], None, 0, 0, 3)
+        side.diagonal(out[:, 94:], t[:, :, :1])
         return [out]
 
     return call

@@ -85,6 +85,21 @@ def test_the_kernel_equals_its_twin(
             assert error(b, exact) <= 1.1 * error(a, exact) + (3e-6 if dtype == torch.float32 else 1e-4)
 
 
+@pytest.mark.parametrize(
+    "wish", ["torch", pytest.param("triton", marks=pytest.mark.skipif(not KERNEL, reason="no GPU"))]
+)
+@pytest.mark.parametrize(("runs", "rows"), [(1, 40), (3, 37), (2, gate.ROWS * gate.PARTS + 5), (gate.PARTS + 1, 2)])
+def test_runs_of_rows_have_sums_of_their_own(runs: int, rows: int, wish: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORA_KERNELS", wish)
+    dh, g, u, *factors = inputs(runs * rows, 70, (5, 3, 8), torch.float32)
+    parts = [t.split(rows) for t in (dh, g, u, *factors)]
+    want = [wanted(*(p[i] for p in parts), gelu=False) for i in range(runs)]
+    got = gate_backward(dh, g, u, *(t.unflatten(0, (runs, rows)) for t in factors))
+    for i, one in enumerate(got, start=3):
+        assert one is not None and error(one, torch.stack([w[i] for w in want])) < 3e-6
+    assert error(g, torch.cat([w[1] for w in want])) < 2e-6 and error(u, torch.cat([w[2] for w in want])) < 2e-6
+
+
 @pytest.mark.skipif(not KERNEL, reason="needs a GPU, or TRITON_INTERPRET=1")
 def test_rows_split_over_programs_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LORA_KERNELS", "triton")
@@ -99,5 +114,9 @@ def test_what_does_not_fit_is_refused() -> None:
     g = torch.zeros(4, 8)
     with pytest.raises(ValueError, match="r at most 64"):
         gate_backward(g, g.clone(), g.clone(), torch.zeros(4, 65))
+    with pytest.raises(ValueError, match=r"tg is \(3, 2, 1\); beside 4 rows"):
+        gate_backward(g, g.clone(), g.clone(), None, torch.zeros(3, 2, 1))
+    with pytest.raises(ValueError, match="v is .* as all are"):
+        gate_backward(g, g.clone(), g.clone(), torch.zeros(4, 1), torch.zeros(2, 2, 1))
     with pytest.raises(ValueError, match="one dtype"):
         gate_backward(g, g.clone(), torch.zeros(4, 9))

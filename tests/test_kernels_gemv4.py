@@ -365,6 +365,16 @@ def test_can_gemv4_says_no_where_the_kernel_would_be_wrong(triton_device: torch.
     assert not can_gemv4(x.float(), q, 64, 128)
 
 
+@pytest.mark.parametrize(("capability", "fits"), [((8, 9), False), ((9, 0), True), ((10, 0), True), ((12, 0), False)])
+def test_can_gemv4_asks_for_a_gpu_with_the_shared_memory(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], fits: bool
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert launch.fits.__wrapped__(torch.device("cuda")) is fits
+    assert launch.fits.__wrapped__(torch.device("cpu"))
+
+
 def test_gemv4_refuses_rows_of_another_width(triton_device: torch.device) -> None:
     p = packed(16, 128, False, triton_device)
     with pytest.raises(ValueError, match=r"x of shape \(1, 192\) through weights \[\(16, 128\)\]"):

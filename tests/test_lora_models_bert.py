@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 import lora
 from lora.layer import LoRALinear, TrainedModule
-from lora.models.bert import BertConfig, Encoder, RobertaConfig, encode
+from lora.models.bert import Encoder, encode
+from lora.models.bert_config import BertConfig, RobertaConfig
 from lora.models.tokenizer import Tokenizer
 from lora.quant.linear import Linear4bit
 from lora.quant.linear8 import Linear8bit

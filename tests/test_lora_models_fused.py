@@ -104,8 +104,9 @@ def test_it_equals_the_plain_path(keep: str, quantize: str | None, bias: bool, o
 @pytest.mark.parametrize("keep", ["all", "input"])
 @pytest.mark.parametrize("ranks", [(3, 3, 3), (2, 5)])
 @pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("joined", "rounded"), [(False, False), (True, False), (True, True)])
 def test_adapters_side_by_side_equal_the_plain_path(
-    keep: str, ranks: tuple[int, ...], bias: bool, on_cpu: pytest.MonkeyPatch
+    keep: str, ranks: tuple[int, ...], bias: bool, joined: bool, rounded: bool, on_cpu: pytest.MonkeyPatch
 ) -> None:
     model = small(bias)
     lora.quantize(model, "nf4")
@@ -117,7 +118,9 @@ def test_adapters_side_by_side_equal_the_plain_path(
     layers = [layer for _, layer in adapted(model)]
     for layer in layers:
         layer.adapters.requires_grad_(True)
-    stack = Stack(layers, [f"m{i}" for i in range(len(ranks))])
+    stack = Stack(layers, [f"m{i}" for i in range(len(ranks))], joined)
+    if rounded:
+        stack.round(torch.float32)
     B, k = 2 * len(ranks), len(ranks)
     ids, dy = torch.randint(0, 97, (B, 21)), torch.randn(B, 21, 64)
     found = []

@@ -4,6 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import lora
@@ -51,6 +53,25 @@ def test_a_file_that_becomes_shorter_while_it_is_read_is_an_error(file: Path) ->
         list(reading)
     with pytest.raises(ValueError, match="model.safetensors is damaged or cut short"):
         stream.entries(file)
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_a_damaged_header_is_one_clear_error_or_tensors_of_the_file(data: st.DataObject, file: Path) -> None:
+    raw, bad = bytearray(file.read_bytes()), file.with_name("bad.safetensors")
+    if data.draw(st.booleans()):
+        raw = raw[: data.draw(st.integers(0, len(raw) - 1))]
+    else:
+        for _ in range(data.draw(st.integers(1, 4))):
+            raw[data.draw(st.integers(0, 900))] ^= 1 << data.draw(st.integers(0, 7))
+    bad.write_bytes(raw)
+    try:
+        found = list(stream.entries(bad).values())
+    except ValueError as e:
+        assert "bad.safetensors" in str(e) and "\n" not in str(e).strip()
+        return
+    for e, t in zip(found, stream.stream(found, CPU, 64, 2, 2), strict=True):
+        assert t.shape == e.shape and t.dtype == e.dtype and 8 < e.begin <= e.end <= len(raw)
 
 
 def test_leaving_early_leaves_no_thread(file: Path) -> None:

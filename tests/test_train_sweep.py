@@ -1,6 +1,8 @@
 """Several adapters at once: each equals its solo run, one that fails does not touch the others."""
 
 import json
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,9 @@ import torch
 import lora
 from lora.__main__ import main
 from lora.layer import adapted
-from lora.train.sweep import Member, grid, sweep
+from lora.train.guard import Interrupted
+from lora.train.members import Member, grid
+from lora.train.sweep import sweep
 
 DATA = [{"prompt": f"{i} cats", "completion": " sat on a mat" * (1 + i % 4)} for i in range(11)]
 MEMBERS = [
@@ -90,12 +94,91 @@ def test_a_sweep_that_cannot_work_is_refused(stories: Path) -> None:
     model, tokenizer = lora.load(stories, device="cpu")
     with pytest.raises(ValueError, match="at least one, and no two alike"):
         sweep(model, tokenizer, DATA, members=[MEMBERS[0], MEMBERS[0]])
-    with pytest.raises(ValueError, match="neftune=5.0 is not for a sweep"):
-        sweep(model, tokenizer, DATA, members=MEMBERS, config=quiet(neftune=5.0))
+    for wrong in ({"neftune": 5.0}, {"eval_every": 2}, {"save_every": 5}, {"compute": "fp8"}, {"lora_plus": 16.0}):
+        [(key, value)] = wrong.items()
+        with pytest.raises(ValueError, match=f"{key}={value} is not for a sweep"):
+            sweep(model, tokenizer, DATA, members=MEMBERS, config=quiet(**wrong))
     lora.wrap(model, r=2)
     with pytest.raises(ValueError, match="has some already"):
         sweep(model, tokenizer, DATA, members=MEMBERS, config=quiet())
     assert len(grid([1e-4, 2e-4], [8, 16], [32.0], [0, 1, 2])) == 12
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_training(stories: Path, tmp_path: Path) -> None:
+    model, tokenizer = lora.load(stories, device="cpu")
+    (tmp_path / "file").write_text("mine")
+    ran: list[int] = []
+    model.register_forward_pre_hook(lambda *_: ran.append(1))
+    with pytest.raises(OSError, match="sweep cannot be written, so nothing was trained: "):
+        sweep(model, tokenizer, DATA, members=MEMBERS, config=quiet(out=str(tmp_path / "file" / "sweep")))
+    assert not ran and (tmp_path / "file").read_text() == "mine"
+
+
+def test_what_cannot_be_written_at_the_end_is_named_and_the_rest_is_whole(stories: Path, tmp_path: Path) -> None:
+    model, tokenizer = lora.load(stories, device="cpu")
+    out, lost = tmp_path / "sweep", MEMBERS[1].name
+
+    def stand_in_the_way(*_: Any) -> None:
+        (out / lost).write_text("mine")
+
+    model.model.norm.register_forward_pre_hook(stand_in_the_way)
+    with pytest.raises(OSError, match=f"the sweep ended, and {lost} could not be written to .*; the rest is whole"):
+        sweep(model, tokenizer, DATA, members=MEMBERS, config=quiet(out=str(out)))
+    for m in (MEMBERS[0], MEMBERS[2]):
+        again, _ = lora.load(stories, device="cpu")
+        lora.attach(again, out / m.name / "adapter")
+    table = json.loads((out / "sweep.json").read_text())
+    assert not table["finished"] and len(table["members"]) == 3 and (out / lost).read_text() == "mine"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_a_sweep_after_its_step_and_the_adapters_are_written(
+    number: int, stories: Path, tmp_path: Path
+) -> None:
+    model, tokenizer = lora.load(stories, device="cpu")
+    out, calls = tmp_path / "sweep", []
+
+    def cut(*_: Any) -> None:
+        calls.append(1)
+        if len(calls) == 1 + 2 * 2 + 1:  # the probe, two steps of two batches, the first batch of the third
+            os.kill(os.getpid(), number)
+
+    model.model.norm.register_forward_pre_hook(cut)
+    with pytest.raises(Interrupted, match="after step 3: the adapters lie under .*sweep as they stood") as e:
+        sweep(model, tokenizer, DATA, DATA[:3], members=MEMBERS, config=quiet(out=str(out)))
+    assert e.value.code == 128 + number
+    table = json.loads((out / "sweep.json").read_text())
+    assert not table["finished"] and [len(x["losses"]) for x in table["members"]] == [3, 3, 3]
+    for m in MEMBERS:
+        again, _ = lora.load(stories, device="cpu")
+        lora.attach(again, out / m.name / "adapter")
+
+
+def test_memory_that_runs_out_in_the_probe_says_what_to_do(stories: Path) -> None:
+    model, tokenizer = lora.load(stories, device="cpu")
+
+    def full(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nmore")
+
+    model.model.norm.register_forward_pre_hook(full)
+    with pytest.raises(RuntimeError, match=r"3 times 2 rows of up to \d+ tokens, does not.*take fewer adapters"):
+        sweep(model, tokenizer, DATA, members=MEMBERS, config=quiet())
+    assert all(layer.by_row is None for _, layer in adapted(model))
+
+
+def test_every_step_is_logged_with_the_losses_of_all(
+    stories: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, tokenizer = lora.load(stories, device="cpu")
+    out, members = tmp_path / "sweep", [*MEMBERS[:2], Member(lr=50.0, r=2, seed=3)]
+    config = quiet(out=str(out), progress=True, max_steps=8, schedule="constant", warmup=0.0)
+    found = {x.member: x for x in sweep(model, tokenizer, DATA, members=members, config=config).results}
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert [x["step"] for x in lines] == list(range(1, 9))
+    for i, m in enumerate(members[:2]):
+        assert [x["losses"][i] for x in lines] == found[m].losses
+    assert lines[-1]["losses"][2] is None and lines[-1]["loss"] == pytest.approx(sum(lines[-1]["losses"][:2]) / 2)
+    assert "step 8" in capsys.readouterr().err
 
 
 def test_the_command_trains_a_grid_and_prints_a_table(

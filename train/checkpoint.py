@@ -111,11 +111,12 @@ def save_checkpoint(
     except (OSError, SafetensorError) as e:
         newest = checkpoints(folder)
         kept = f"{newest[-1]} is whole and stays" if newest else "there was none before"
-        raise OSError(f"checkpoint of step {progress.step} could not be written: {_reason(e)}; {kept}") from e
+        raise OSError(f"checkpoint of step {progress.step} could not be written: {reason(e)}; {kept}") from e
     return path
 
 
-def _reason(e: Exception) -> str:
+def reason(e: Exception) -> str:
+    """Why a file could not be written, in few words."""
     if isinstance(e, OSError) and e.errno:
         return os.strerror(e.errno)
     return str(e)
@@ -129,7 +130,7 @@ def ending(out: Path | None) -> Iterator[None]:
     except (OSError, SafetensorError) as e:
         found = checkpoints(out / "checkpoints") if out else []
         left = f"{found[-1]} is whole: make room, then go on with --resume {out}" if found else "no checkpoint was kept"
-        raise OSError(f"the run ended, and {out} could not be written to the end: {_reason(e)}; {left}") from e
+        raise OSError(f"the run ended, and {out} could not be written to the end: {reason(e)}; {left}") from e
 
 
 def prune(folder: Path, keep_last: int, best: int | None) -> None:

@@ -8,6 +8,7 @@ parameters' .grad, as without a graph.
 """
 
 from collections import OrderedDict
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -46,8 +47,17 @@ def member_losses(model: nn.Module, batch: Batch, learned: Learned, members: int
 
 
 class _Recorded:
-    def __init__(self, model: Any, batch: Batch, learned: Learned, members: int, pool: Any, stream: Any) -> None:
-        self.grads = _places(model)
+    def __init__(
+        self,
+        model: Any,
+        batch: Batch,
+        learned: Learned,
+        members: int,
+        pool: Any,
+        stream: Any,
+        grads: list[int | None],
+    ) -> None:
+        self.grads = grads
         self.batch = replace(batch, ids=batch.ids.clone())
         self.learned = Learned(*(t.clone() for t in learned))
         self.graph = torch.cuda.CUDAGraph()
@@ -63,10 +73,14 @@ class _Recorded:
 
 
 class Graphs:
-    """Runs batches of `model` forward and backward, recorded where that pays and is possible."""
+    """Runs batches of `model` forward and backward, recorded where that pays and is possible.
 
-    def __init__(self, model: nn.Module) -> None:
+    `grads` names the gradients that a batch adds to, where that is known: a walk over a model takes milliseconds.
+    """
+
+    def __init__(self, model: nn.Module, grads: Callable[[], Sequence[Tensor | None]] | None = None) -> None:
         self.model: Any = model
+        self.grads = grads or (lambda: [p.grad for p in model.parameters() if p.requires_grad])
         self.seen: set[tuple[int, ...]] = set()
         self.graphs: OrderedDict[tuple[int, ...], _Recorded] = OrderedDict()
         self.pool: Any = None
@@ -100,7 +114,7 @@ class Graphs:
         key = (*batch.ids.shape, room, members)
         if RECORD and key in self.seen and _recordable(self.model):
             recorded = self.graphs.get(key)
-            if recorded and recorded.grads != _places(self.model):  # it would add to memory that is others' now
+            if recorded and recorded.grads != self._places():  # it would add to memory that is others' now
                 del self.graphs[key]
                 recorded = None
             recorded = recorded or self._record(key, batch, learned)
@@ -110,13 +124,17 @@ class Graphs:
         self.seen.add(key)
         return member_losses(self.model, batch, learned, members)
 
+    def _places(self) -> list[int | None]:
+        """Where the gradients of what trains lie; None for one that is not there yet."""
+        return [None if g is None else g.data_ptr() for g in self.grads()]
+
     def _is_small(self, batch: Batch) -> bool:
         ours = isinstance(self.model, CausalLM)  # whose attention never looks at padding on the right
         return ours and batch.ids.is_cuda and batch.ids.numel() <= TOKENS and batch.documents is None
 
     def _record(self, key: tuple[int, ...], batch: Batch, learned: Learned) -> _Recorded | None:
         """The graph of a new shape; None where its memory does not fit beside what is there."""
-        if None in _places(self.model):  # a gradient born in a graph would be lost with the next step
+        if None in self._places():  # a gradient born in a graph would be lost with the next step
             return None
         if len(self.graphs) == SHAPES:
             self.graphs.popitem(last=False)
@@ -130,7 +148,7 @@ class Graphs:
             return None
         self.pool = self.pool or torch.cuda.graph_pool_handle()
         self.stream = self.stream or torch.cuda.Stream(device)
-        self.graphs[key] = _Recorded(self.model, batch, learned, key[-1], self.pool, self.stream)
+        self.graphs[key] = _Recorded(self.model, batch, learned, key[-1], self.pool, self.stream, self._places())
         self.held += max(0, driver - torch.cuda.mem_get_info(device)[0])
         return self.graphs[key]
 
@@ -138,11 +156,6 @@ class Graphs:
 def _recordable(model: Any) -> bool:
     keeping = getattr(model, "keeping", None)
     return keeping is not None and keeping.recordable
-
-
-def _places(model: nn.Module) -> list[int | None]:
-    """Where the gradients of what trains lie; None for one that is not there yet."""
-    return [None if p.grad is None else p.grad.data_ptr() for p in model.parameters() if p.requires_grad]
 
 
 def _widened(batch: Batch, limit: int) -> Batch:

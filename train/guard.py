@@ -18,11 +18,14 @@ STRIKES = 3  # steps in a row above the limit that make a divergence
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C or SIGTERM ended the run, after it was saved. `code` is what a command exits with: 130 or 143."""
+    """Ctrl-C or SIGTERM ended the run, after it was saved. `code` is what a command exits with: 130 or 143.
 
-    def __init__(self, number: int, step: int, saved: Path | None) -> None:
+    `left` says what there is instead of a checkpoint.
+    """
+
+    def __init__(self, number: int, step: int, saved: Path | None, left: str = "nothing was written") -> None:
         name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
-        where = f"saved as {saved}; go on with --resume {saved.parent.parent}" if saved else "nothing was written"
+        where = f"saved as {saved}; go on with --resume {saved.parent.parent}" if saved else left
         super().__init__(f"{name} after step {step}: {where}")
         self.code, self.step, self.saved = 128 + number, step, saved
 

@@ -117,8 +117,13 @@ class Log:
 
 
 def _line(entry: dict[str, Any]) -> str:
-    shown = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in entry.items()}
-    return "  ".join(f"{k} {v}" for k, v in shown.items())
+    return "  ".join(f"{key} {_short(value)}" for key, value in entry.items())
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, list):
+        return " ".join(map(_short, value))
+    return "-" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def peak_bytes(device: torch.device) -> int:

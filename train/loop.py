@@ -160,13 +160,7 @@ def prepare(model: nn.Module, tokenizer: Tokenizer, train: Data, valid: Data | N
         "base": base_digest(model),
         "parameters": names + adapters,
     }
-    if config.budget and isinstance(model, Llama):
-        model.keeping.budget = parse_bytes(config.budget)
-    elif config.budget:
-        raise ValueError(
-            f"budget={config.budget!r} is kept by the Llama family's blocks, and this is {type(model).__name__}"
-        )
-    _choose_compute(model, config.compute)
+    keep_within(model, config)
     torch.manual_seed(config.seed)
     keep_pages()  # a step frees and allocates the same hundreds of MB again and again
     optimizer = AdamW(
@@ -185,8 +179,21 @@ def prepare(model: nn.Module, tokenizer: Tokenizer, train: Data, valid: Data | N
     )  # fmt: skip
 
 
+def keep_within(model: nn.Module, config: TrainConfig) -> None:
+    """Tells a model's blocks what they may hold and what their products run in.
+
+    Raises ValueError where that cannot be had.
+    """
+    if config.budget and isinstance(model, Llama):
+        model.keeping.budget = parse_bytes(config.budget)
+    elif config.budget:
+        raise ValueError(
+            f"budget={config.budget!r} is kept by the Llama family's blocks, and this is {type(model).__name__}"
+        )
+    _choose_compute(model, config.compute)
+
+
 def _choose_compute(model: nn.Module, compute: str) -> None:
-    """Tells a model's blocks what their base's products run in.  Raises ValueError where that cannot be had."""
     if isinstance(model, Llama):
         device, dtype = model.place()[0], model.place()[1]
         why = f"the model is on {device}, not a GPU" if device.type != "cuda" else refusal(device, dtype)

@@ -85,7 +85,8 @@ class Steps:
             config = config.get_text_config()  # transformers' models of more than text
         self.divergence = Divergence(config.vocab_size)
         self.signals = Signals()
-        self.graphs = Graphs(self.model)
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.graphs = Graphs(self.model, lambda: [p.grad for p in trained])
 
     @property
     def folder(self) -> Path | None:

@@ -166,7 +166,8 @@ def _sweep_arguments() -> ArgumentParser:
 
 
 def _sweep(a: Namespace) -> None:
-    from lora.train.sweep import grid, sweep
+    from lora.train.members import grid
+    from lora.train.sweep import sweep
 
     fields = {f.name: a[f.name] for f in dataclasses.fields(TrainConfig) if f.name not in ("out", "lr", "seed")}
     config = TrainConfig(**fields, out=a.out)

@@ -6,7 +6,7 @@ line here.
 
 from typing import Any
 
-from lora.models.bert import BertConfig, RobertaConfig
+from lora.models.bert_config import BertConfig, RobertaConfig
 from lora.models.falcon import FalconConfig
 from lora.models.gemma import Gemma2Config, Gemma3Config
 from lora.models.gpt2 import GPT2Config

@@ -243,13 +243,13 @@ def _gate_back(spec: Spec, dh: Tensor, gu: Tensor, u4: Tensor | None, ts: Any) -
     make it."""
     before, behind = spec.groups[GATE], spec.groups[DOWN]
     g, u = _halves(spec, gu)
-    if max(before.ranks + behind.ranks) > MAX_RANK or any(behind.drop) or before.parts > 1 or behind.parts > 1:
+    if max(before.ranks + behind.ranks) > MAX_RANK or any(behind.drop):
         gate_backward(dh, g, u, gelu=spec.gelu, keep_h=True)
         return fold.grad_a(behind, u4, dh), None
     t = fold.columns(before, ts[GATE])
     da, *dbs = gate_backward(dh, g, u, u4, t[0], t[-1], gelu=spec.gelu)
     if len(t) == 1 and dbs[0] is not None and dbs[1] is not None:  # one layer makes both
-        dbs = [torch.cat((dbs[0], dbs[1]))]
+        dbs = [torch.cat((dbs[0], dbs[1]), dim=-2)]
     return [da], dbs[: len(t)]
 
 
