@@ -72,7 +72,7 @@ def bytes_a_token(model: Llama) -> int:
 
 
 CLASSES = {  # of kernels, by a part of the name
-    "products": ("gemv4", "mma_kernel"), "x aT": ("down", "feed_kernel"), "attention": ("attend",),
+    "products": ("gemv4", "token4", "mma_kernel"), "x aT": ("down", "feed_kernel"), "attention": ("attend",),
     "choice": ("choose",), "head": ("gemv", "gemm", "splitK", "cutlass", "nvjet"),
 }  # fmt: skip
 

@@ -36,6 +36,7 @@ from lora.kernels import (
     rope,
     side,
     swiglu,
+    token4,
 )
 from lora.kernels import gate as gate_file
 from lora.kernels.linear4 import Weight4, linears4
@@ -218,7 +219,7 @@ def of_a_token(put: Put, S: int, short: int) -> Call:
     keys, values = put(half(B, Hkv, S, D)), put(half(B, Hkv, S, D))
     at, start = put(torch.tensor([S - 1, S - 7])), put(torch.tensor([0, 3]))
     angle = torch.rand(S, D // 2)
-    cos, sin = put(angle.cos()), put(angle.sin())
+    cos, sin, a = put(angle.cos()), put(angle.sin()), put(half(5, H * D))
     work = None
     with patch.object(attend, "SHORT", short):
         if (zeros := attend.new_work(torch.empty(B, Hkv, S, D, device="meta"), H)) is not None:
@@ -226,7 +227,9 @@ def of_a_token(put: Put, S: int, short: int) -> Call:
 
     def call() -> list[Tensor]:
         with patch.object(attend, "SHORT", short):
-            return [attend.attend(q, k, v, keys, values, at, start, cos, sin, 0, work), keys, values]
+            y, ya = attend.attend_low(a, q, k, v, keys, values, at, start, cos, sin, 0, work)
+            assert ya is not None
+            return [y, ya, keys, values]
 
     return call
 
@@ -382,6 +385,38 @@ def few_rows(put: Put) -> Call:
     return lambda: list(linears4(x, [weight], [bias], [(a, b, 0.5)]))
 
 
+@case
+def few_rows_and_what_follows(put: Put) -> Call:
+    x = put(half(3, 192))
+
+    def weight(N: int, K: int) -> Weight4:
+        packed = by_the_twin(torch.randn(N, K) * 0.1, True)
+        q, scales = put(packed.q.view(-1)), tuple(put(t) for t in packed.scales)
+        return Weight4(q, scales, put(code4.byte_table(packed.code)), put(gemv4.permute_table(packed.code)), 64, (N, K))
+
+    gates, last = [weight(64, 192), weight(64, 192)], weight(40, 64)
+    bs = [put(half(64, 5)), None]
+    shares = token4.Shares(put(torch.randn(2, 3, 5)), put(torch.rand(2, 3)), 1e-5)
+    a, b, next_a, old, w, bias = (put(half(*n)) for n in ((6, 64), (40, 6), (20, 40), (3, 40), (40,), (40,)))
+
+    def call() -> list[Tensor]:
+        assert token4.can_token4(x, gates, bs, gate=True)
+        h, given = token4.token4_gate(x, gates, [None, None], bs, shares, a)
+        y, s, left = token4.token4_add(h, last, bias, b, given, old, w, 1e-5, next_a)
+        return [
+            h,
+            *token4.token4(x, gates, [None, None], bs, shares),
+            y,
+            s,
+            *(t for t in (*given[:1], *left[:2]) if t is not None),
+        ]
+
+    return call
+
+
+PTX = (few_rows, few_rows_and_what_follows)
+
+
 # ---- what is asked of each ----
 class Room:
     """Hands out buffers filled with one byte, inside longer ones, and knows whether those were touched outside."""
@@ -412,7 +447,7 @@ def make(request: pytest.FixtureRequest) -> Callable[[Put], Call]:
 
 
 def skip_ptx(make: Callable[[Put], Call]) -> None:
-    if make is few_rows and dispatch.INTERPRETED:
+    if make in PTX and dispatch.INTERPRETED:
         pytest.skip("written in PTX, which Triton's interpreter does not know: test_kernels_gemv4.py stands in for it")
 
 
@@ -442,7 +477,7 @@ def test_tensors_on_two_devices_are_refused(make: Callable[[Put], Call], triton_
         return t
 
     make(count)
-    for odd in range(inputs if make is not few_rows else 2):  # x and the codes choose the way
+    for odd in range(inputs if make not in PTX else 2):  # x and the codes choose the way
         turn = iter(range(inputs))
         call = make(lambda t, turn=turn, odd=odd: t.to("meta" if next(turn) == odd else triton_device))
         with pytest.raises(ValueError, match=r"tensors on .*meta.*; move them to one device"):
@@ -484,7 +519,8 @@ def test_there_is_a_case_for_every_kernel(triton_device: torch.device, monkeypat
 
         def __getitem__(self, grid: Any) -> Any:
             launched.add(self.name)
-            return self.kernel[grid] if "gemv4" not in self.name or not dispatch.INTERPRETED else lambda *_, **__: None
+            ptx = "gemv4" in self.name or "token4" in self.name
+            return (lambda *_, **__: None) if ptx and dispatch.INTERPRETED else self.kernel[grid]
 
     found = kernels()
     for module in modules():

@@ -3,6 +3,8 @@
     each block     h, x = norm(x + more)      q, k, v = W h + b (a h)       more = o_proj(attend(q, k, v))
                    h, x = norm(x + more)      g, u = W h + b (a h)          more = down_proj(silu(g) u)
 
+One token of a few rows takes the five launches a block of token4.py where all of it fits; else nine or more.
+
 The linear layers of one input are a `Group`.  Where all are 4-bit, the factors of their active adapters are copied
 into buffers: joined over adapters and layers, padded to a rank of 16, 32, 64 or 128, in the dtype of the states, their
 scales multiplied in.  A recording of the blocks reads the buffers, so that adapters are trained further, switched or
@@ -20,6 +22,7 @@ from lora.kernels.code4 import Weight4
 from lora.kernels.feed import MOST_ROWS, feed_gate, feed_low, feed_norm
 from lora.kernels.gemv4 import can_gemv4, gemv4_group
 from lora.kernels.linear4 import linears4
+from lora.kernels.token4 import Shares, can_token4, token4, token4_add, token4_gate
 from lora.layer import Adapted, LoRALinear, adapted, is_hooked, together
 from lora.models.base import CausalLM
 from lora.models.llama import MLP, Attention, Block, Llama, RMSNorm
@@ -27,10 +30,13 @@ from lora.quant.linear import Linear4bit
 
 BUFFERED = {"cuda"}  # devices on which factors are copied into buffers; on a CPU nothing is recorded
 AT_ONCE = 64  # factors copied in one launch: their products with the scales take memory until then
+IN_FIVE = False  # launches a block: quicker on an H100 (LOG.md), but its tests on a GPU have not been run
 MOST_RANK = 128  # of a layer's adapters together, up to which they ride in the product of its base
 
 Key = tuple[object, object]
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # layer, q, k, v (M, H D) -> (M, H D)
+# the same with factors a (R, H D) before q; y and y aᵀ in shares (P, M, R)
+AttendLow = Callable[[int, Tensor | None, Tensor, Tensor, Tensor], tuple[Tensor, Tensor | None]]
 
 
 def plain(model: CausalLM) -> bool:
@@ -49,10 +55,11 @@ class Part(NamedTuple):
 
     base: Linear4bit
     adapters: tuple[Adapter, ...]
+    ranks: tuple[int, ...]  # of each
 
     def rank(self) -> int:
         """The padded rank of its updates together; 0 for none."""
-        r = sum(a.rank for a in self.adapters)
+        r = sum(self.ranks)
         return max(16, 1 << (r - 1).bit_length()) if r else 0
 
 
@@ -68,9 +75,8 @@ def part_of(layer: nn.Module) -> Part | None:
     on = wrapped.on() if wrapped else []
     if any(isinstance(a, ByRow) or a.magnitude is not None or a.bias is not None for a in on):
         return None
-    if sum(a.rank for a in on) > MOST_RANK:
-        return None
-    return Part(base, tuple(on))
+    ranks = tuple(a.rank for a in on)
+    return None if sum(ranks) > MOST_RANK else Part(base, tuple(on), ranks)
 
 
 def places(module: nn.Module) -> tuple[object, ...]:
@@ -109,17 +115,18 @@ class Group:
 class Factors:
     """A group as it is recorded: its weights, and the buffers of its factors."""
 
+    weights: list[Weight4]  # none where the layers are called
     a: Tensor | None  # (Σ R, K)
     bs: list[Tensor | None]  # (N, R) each
 
     def __init__(self, group: Group, dtype: torch.dtype, device: torch.device) -> None:
         self.layers = group.layers
-        self.weights: list[Weight4] | None = None
-        self.a, self.bs = None, []
+        self.weights, self.a, self.bs, self.one_code = [], None, [], False
         if group.parts is None:
             return
         self.weights = [p.base.weight4() for p in group.parts]
         self.one_kind = len({(len(w.scales), w.block) for w in self.weights}) == 1
+        self.one_code = all(torch.equal(w.permute, self.weights[0].permute) for w in self.weights)
         self.biases = [p.base.bias_as(dtype) for p in group.parts]
         ranks = [p.rank() for p in group.parts]
         K = self.weights[0].shape[1]
@@ -137,8 +144,8 @@ class Factors:
             if b is None or self.a is None:
                 continue
             r = 0
-            for adapter in part.adapters:
-                end = r + adapter.rank
+            for rank in part.ranks:
+                end = r + rank
                 made += [self.a[row + r : row + end], b[:, r:end]]
                 r = end
             self.a[row + r : row + b.shape[1]] = 0.0
@@ -148,13 +155,19 @@ class Factors:
 
     def run(self, x: Tensor, xa: Tensor | None = None, early: bool = False) -> Sequence[Tensor]:
         """The layers on x (M, K); xa (M, Σ R) float32 where the caller has x aᵀ already."""
-        if self.weights is None:
+        if not self.weights:
             return together(x, *self.layers)
         if self.one_kind and all(can_gemv4(x, w.q, w.block, w.shape[1]) for w in self.weights):
             if xa is None and self.a is not None:
                 xa = feed_low(x, self.a, early)
             return gemv4_group(x, self.weights, self.biases, self.bs, xa, early)
         return linears4(x, self.weights, self.biases, self._lows())
+
+    def add(
+        self, x: Tensor, shares: Shares, old: Tensor, norm: RMSNorm, a: Tensor | None, early: bool
+    ) -> tuple[Tensor, Tensor, Shares]:
+        """w (old + layer(x)), the sum, and what the norm of it and its product with a need: `token4_add`."""
+        return token4_add(x, self.weights[0], self.biases[0], self.bs[0], shares, old, norm.weight, norm.eps, a, early)
 
     def _lows(self) -> list[tuple[Tensor, Tensor, float] | None]:
         lows: list[tuple[Tensor, Tensor, float] | None] = []
@@ -175,22 +188,74 @@ class Reading:
         self.factors = [Factors(group, self.dtype, self.device) for group in groups]
         self.ranks: list[int] = []  # of each adapter of each layer, as the slots were made for
         self.slots: list[Tensor] = []
+        self.copied: object = None  # where the factors lay that were copied last, and their scales
+        self.copying: torch.cuda.CUDAGraph | None = None
         self.fill(groups)
 
     def fill(self, groups: Sequence[Group]) -> None:
-        """Copies the factors of the adapters that are active now: 0.2 ms for 42 M values on an H100."""
+        """Copies the factors of the adapters that are active now: 0.3 ms for 42 M values on an H100.
+
+        What is copied the second time is recorded: 14 launches over 448 tensors take longer from Python than on a GPU.
+        Nothing is skipped: a recorded training step changes factors without a trace that could be looked for.
+        """
         parts = [part for group in groups for part in group.parts or ()]
         factors = [a.low() for part in parts for a in part.adapters]
-        ranks = [r for part in parts for r in (-1, *(a.rank for a in part.adapters))]  # -1: a layer begins
+        ranks = [r for part in parts for r in (-1, *part.ranks)]  # -1: a layer begins
         if ranks != self.ranks:
             slots = [f.slots(group) for f, group in zip(self.factors, groups, strict=True)]
-            self.slots, self.ranks = [t for some in slots for t in some], ranks
+            self.slots, self.ranks, self.copied = [t for some in slots for t in some], ranks, None
         what = [t for a, b, _ in factors for t in (a, b)]
         times = [t for _, _, scale in factors for t in (scale, 1.0)]
+        if self.device.type != "cuda":
+            self._copy(what, times)
+            return
+        places = [(t.data_ptr(), t.dtype, t.stride()) for t in what], times
+        if places != self.copied:
+            self._copy(what, times)
+            self.copied, self.copying = places, None
+            return
+        if self.copying is None:
+            self.copying = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.copying):
+                self._copy(what, times)
+        self.copying.replay()
+
+    def _copy(self, what: list[Tensor], times: list[float]) -> None:
         for i in range(0, len(what), AT_ONCE):
             some = slice(i, i + AT_ONCE)
             # the product is float32, and rounded once
             torch._foreach_copy_(self.slots[some], torch._foreach_mul(what[some], times[some]))
+
+    def in_five(self, x: Tensor) -> bool:
+        """Whether `token` takes embedded tokens x (M, d): all blocks in five launches each."""
+        if (
+            not IN_FIVE or not x.is_cuda or x.dtype != torch.bfloat16
+        ):  # w s, not normalised, may be too large or small for float16
+            return False
+        norms = [n for b in self.blocks for n in (b.input_layernorm, b.post_attention_layernorm)]
+        norms.append(self.model.model.norm)
+        if any(type(n) is not RMSNorm or n.weight.dtype != x.dtype for n in norms):
+            return False
+        gates = self.factors[2::4]
+        return all(f.one_code and can_token4(x, f.weights, f.bs, f in gates) for f in self.factors)
+
+    def token(self, x: Tensor, attend: AttendLow, early: bool = False) -> Tensor:
+        """As `forward`, where `in_five` says so."""
+        norm = self.blocks[0].input_layernorm
+        h, x, xa = feed_norm(x, None, norm.weight, norm.eps, self.factors[0].a, early)
+        shares = Shares(None if xa is None else xa[None])
+        for i, block in enumerate(self.blocks):
+            qkv, o, gu, down = self.factors[4 * i : 4 * i + 4]
+            q, k, v = token4(h, qkv.weights, qkv.biases, qkv.bs, shares, early)
+            q, k = _heads(block.self_attn, q, k)
+            h, xa = attend(i, o.a, q, k, v)
+            norm = block.post_attention_layernorm
+            h, x, shares = o.add(h, Shares(xa), x, norm, gu.a, early)
+            h, shares = token4_gate(h, gu.weights, gu.biases, gu.bs, shares, down.a, early)
+            last = i + 1 == len(self.blocks)
+            norm = self.model.model.norm if last else self.blocks[i + 1].input_layernorm
+            h, x, shares = down.add(h, shares, x, norm, None if last else self.factors[4 * i + 4].a, early)
+        return feed_norm(x, None, norm.weight, norm.eps, None, early)[0]
 
     def forward(self, x: Tensor, attend: Attend, early: bool = False) -> Tensor:
         """The states (M, d) that the head reads, of embedded tokens x (M, d).
@@ -204,8 +269,7 @@ class Reading:
             a = block.self_attn
             h, x, xa = _norm(block.input_layernorm, x, more, qkv.a if few else None, early)
             q, k, v = qkv.run(h, xa, early)
-            if a.q_norm is not None:
-                q, k = (n(t.reshape(len(t), -1, a.head_dim)).flatten(1) for n, t in ((a.q_norm, q), (a.k_norm, k)))
+            q, k = _heads(a, q, k)
             (more,) = o.run(attend(i, q, k, v), None, early)
             h, x, xa = _norm(block.post_attention_layernorm, x, more, gu.a if few else None, early)
             g, u = gu.run(h, xa, early)
@@ -236,6 +300,14 @@ def key_of(model: Any, groups: Sequence[Group]) -> Key:
         others += [n for n in (block.self_attn.q_norm, block.self_attn.k_norm) if n is not None]
     forms = (*(group.forms() for group in groups), *(places(module) for module in others))
     return tuple(group.weights() for group in groups), forms
+
+
+def _heads(attention: Any, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    """q and k (M, H D) by the norms of heads, where there are any."""
+    if attention.q_norm is None:
+        return q, k
+    D = attention.head_dim
+    return tuple(n(t.reshape(len(t), -1, D)).flatten(1) for n, t in ((attention.q_norm, q), (attention.k_norm, k)))  # type: ignore[return-value]
 
 
 def _norm(
