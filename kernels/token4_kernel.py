@@ -96,7 +96,7 @@ def _add_shares(
 def _of(one, other, side, WHAT: tl.constexpr, SIDES: tl.constexpr):
     """A pointer of the weight whose turn it is."""
     p = one[WHAT]
-    if SIDES == 2:
+    if SIDES == 2:  # noqa: SIM102  (the one is decided when compiled, the other when run)
         if side == 1:
             p = other[WHAT]
     return p
