@@ -337,7 +337,7 @@ def token4_kernel(
     before, gate = ((zero,) * HELD, zero, zero, zero), zero
     b_before = one[7]
     R_before = R
-    for turn in range(0, turns):
+    for turn in range(turns):
         # What belongs to this turn's rows is fetched now and used a turn later
         side = turn % SIDES
         map_ptr, bias_ptr, b_ptr = (
