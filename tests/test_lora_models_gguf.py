@@ -206,6 +206,30 @@ def test_a_cut_file_is_refused(keep: int, tmp_path: Path) -> None:
         lora.load(tmp_path / "b.gguf", device="cpu")
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "says"),
+    [
+        ("attention.head_count", 0, r"llama\.attention\.head_count is 0; it must be a whole number above 0"),
+        ("attention.head_count", 5, r"attn_q\.weight is \(64, 64\), where 5 heads"),
+        ("attention.head_count_kv", 3, r"attn_k\.weight is \(32, 64\), where 3 heads"),
+        ("embedding_length", 0, "embedding_length is 0"),
+        ("feed_forward_length", 2**31, "mlp"),
+        ("block_count", 2**30, "asks for 1,073,741,824 layers of width 64"),
+        ("block_count", 1, "have no place"),
+        ("block_count", 3, "tensors are missing"),
+    ],
+)
+def test_a_count_that_its_tensors_do_not_have_is_refused(key: str, value: int, says: str, tmp_path: Path) -> None:
+    write(tmp_path / "a.gguf", "F32")
+    raw, name = (tmp_path / "a.gguf").read_bytes(), f"llama.{key}".encode()
+    at = raw.index(len(name).to_bytes(8, "little") + name) + 8 + len(name)
+    assert raw[at : at + 4] == (4).to_bytes(4, "little"), "a 32-bit number"
+    (tmp_path / "a.gguf").write_bytes(raw[: at + 4] + value.to_bytes(4, "little") + raw[at + 8 :])
+    with pytest.raises(ValueError, match=says) as e:
+        lora.load(tmp_path / "a.gguf", device="cpu")
+    assert "a.gguf" in str(e.value)
+
+
 def test_a_file_of_another_kind_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.gguf").write_bytes(b"PK\x03\x04 something")
     with pytest.raises(ValueError, match="does not begin with GGUF"):

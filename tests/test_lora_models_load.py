@@ -139,6 +139,7 @@ DAMAGE: dict[str, tuple[Change, str]] = {
         "'<eot>' is not in the vocabulary",
     ),
     "large vocabulary": (lambda p: config_of(p, vocab_size=200), "257 tokens and the model 200 rows"),
+    "a billion layers": (lambda p: config_of(p, num_hidden_layers=10**9), "asks for 1,000,000,000 layers of width 64"),
     "no weights": (lambda p: (p / "model.safetensors").unlink(), r"holds no model\.safetensors"),
     "pickle": (pickled, r"pytorch_model\.bin is a pickle"),
     "weights cut in the data": (lambda p: cut(p / "model.safetensors", 50_000), "damaged or cut short"),

@@ -83,6 +83,12 @@ class GGUF:
                 raise ValueError(f"{self.path} lacks the setting {architecture}.{key}")
             return value
 
+        def count(key: str, default: Any = None) -> int:
+            value = get(key, default)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{self.path}: {architecture}.{key} is {value!r}; it must be a whole number above 0")
+            return value
+
         shapes = {name: shape for name, _, shape, *_ in self.tensors_info}
         if "token_embd.weight" not in shapes:
             raise ValueError(f"{self.path} holds no token_embd.weight")
@@ -91,8 +97,8 @@ class GGUF:
         scaling = get("rope.scaling.type", "none")
         if scaling not in ("none", "linear"):
             raise ValueError(f"{self.path}: rope scaling {scaling!r} is not known; there are none and linear")
-        heads, width = get("attention.head_count"), get("embedding_length")
-        head_dim = get("attention.key_length", get("rope.dimension_count", width // heads))
+        heads, width = count("attention.head_count"), count("embedding_length")
+        head_dim = count("attention.key_length", get("rope.dimension_count", width // heads))
         if get("rope.dimension_count", head_dim) != head_dim:
             raise ValueError(f"{self.path} turns a part of each head alone, which these models do not")
         own: dict[str, Any] = {}
@@ -103,12 +109,12 @@ class GGUF:
         return _ARCHITECTURES[architecture](
             vocab_size=shapes["token_embd.weight"][0],
             hidden_size=width,
-            intermediate_size=get("feed_forward_length"),
-            num_layers=get("block_count"),
+            intermediate_size=count("feed_forward_length"),
+            num_layers=count("block_count"),
             num_heads=heads,
-            num_kv_heads=get("attention.head_count_kv", heads),
+            num_kv_heads=count("attention.head_count_kv", heads),
             head_dim=head_dim,
-            max_length=get("context_length"),
+            max_length=count("context_length"),
             eps=round(get("attention.layer_norm_rms_epsilon"), 12),  # a float32 that means 1e-5
             rope_theta=get("rope.freq_base", 10000.0),
             rope_scaling={"rope_type": "linear", "factor": get("rope.scaling.factor")} if scaling == "linear" else None,
@@ -126,6 +132,11 @@ class GGUF:
                 raise ValueError(f"{self.path}: {name} is of type {kind.name}, which cannot be decoded ({e})") from None
             heads = {"attn_q": config.num_heads, "attn_k": config.num_kv_heads}.get(name.split(".")[-2])
             if heads and config.model_type == "llama":
+                if len(shape) != 2 or shape[0] != heads * config.head_dim:
+                    raise ValueError(
+                        f"{self.path}: {name} is {shape}, where {heads} heads of {config.head_dim} need "
+                        f"{(heads * config.head_dim, config.hidden_size)}"
+                    )
                 w = w.view(heads, shape[0] // heads // 2, 2, shape[1]).transpose(1, 2).reshape(shape)
             yield _hf_name(name, self.path), w
 
