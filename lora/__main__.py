@@ -23,7 +23,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"lora {lora.__version__}")
     commands = parser.add_subcommands(required=True, dest="command")
     for name, (sub, _) in COMMANDS.items():
-        commands.add_subcommand(name, sub())
+        made = sub()
+        commands.add_subcommand(name, made, help=str(made.description).partition(".")[0])
     config = parser.parse_args(argv)
     warnings.formatwarning = lambda message, *_, **__: f"lora: note: {message}\n"  # a sentence, not a source line
     try:

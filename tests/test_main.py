@@ -41,6 +41,14 @@ def run(stories: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def test_help_says_what_each_command_is_for(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as e:
+        main(["--help"])
+    assert e.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "merge Fold an adapter into its base" in text and "demo Quantize, tune, measure" in text
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_shows_defaults(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as e:
