@@ -139,6 +139,8 @@ DAMAGE: dict[str, tuple[Change, str]] = {
         "'<eot>' is not in the vocabulary",
     ),
     "large vocabulary": (lambda p: config_of(p, vocab_size=200), "257 tokens and the model 200 rows"),
+    "no heads": (lambda p: config_of(p, num_attention_heads=0), "num_attention_heads=0, which must be a whole number"),
+    "key heads below 0": (lambda p: config_of(p, num_key_value_heads=-1), "num_key_value_heads=-1, which must be"),
     "a billion layers": (lambda p: config_of(p, num_hidden_layers=10**9), "asks for 1,000,000,000 layers of width 64"),
     "no weights": (lambda p: (p / "model.safetensors").unlink(), r"holds no model\.safetensors"),
     "pickle": (pickled, r"pytorch_model\.bin is a pickle"),

@@ -275,6 +275,19 @@ def ints(c: dict[str, Any], need: Sequence[str]) -> None:
         raise ValueError(f"config.json lacks {', '.join(missing)}, or holds no whole number there")
 
 
+def counts(c: dict[str, Any], need: Sequence[str]) -> None:
+    """`ints`, all of them above 0."""
+    ints(c, need)
+    for key in need:
+        if not is_count(c[key]):
+            raise ValueError(f"config.json says {key}={c[key]!r}, which must be a whole number above 0")
+
+
+def is_count(value: object) -> bool:
+    """Whether a file's `value` can be how many there are of something that every model has."""
+    return type(value) is int and value > 0
+
+
 def new_embedding(rows: int, d: int) -> nn.Embedding:
     """An embedding table, at random.
 

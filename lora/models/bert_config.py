@@ -5,7 +5,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from lora.models.base import ints
+from lora.models.base import counts
 from lora.models.gpt2 import ACTIVATIONS
 
 if TYPE_CHECKING:
@@ -55,10 +55,7 @@ class BertConfig:
     def from_json(cls, c: dict[str, Any]) -> Self:
         """From config.json. Raises ValueError naming a key that is missing or wrong, or a setting without a place."""
         c = {"max_position_embeddings": 512, "type_vocab_size": 2} | c
-        ints(c, _SIZES)
-        for key in _SIZES:
-            if type(c[key]) is not int or c[key] < 1:
-                raise ValueError(f"config.json says {key}={c[key]!r}, which must be a whole number above 0")
+        counts(c, _SIZES)
         d, heads = c["hidden_size"], c["num_attention_heads"]
         if d % heads:
             raise ValueError(f"config.json says hidden_size={d}, which num_attention_heads={heads} does not divide")

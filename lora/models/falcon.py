@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from lora.kernels.rope import rope2
-from lora.models.base import Cache, CausalLM, Mask, attention, ints, new_embedding, seen
+from lora.models.base import Cache, CausalLM, Mask, attention, counts, ints, new_embedding, seen
 from lora.models.documents import Documents
 from lora.models.llama import Rotation, inverse_frequencies, rope_settings, rotation
 
@@ -65,7 +65,8 @@ class FalconConfig:
         Raises ValueError naming a key that is missing or wrong, or a setting that is not implemented.
         """
         c = c | {now: c[old] for old, now in _OLD.items() if old in c and now not in c}
-        ints(c, ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"))
+        counts(c, ("vocab_size", "hidden_size", "num_hidden_layers"))
+        ints(c, ("num_attention_heads",))
         heads, d = c["num_attention_heads"], c["hidden_size"]
         new = bool(c.get("new_decoder_architecture", c.get("model_type") == "RefinedWeb"))
         multi_query = bool(c.get("multi_query", True))

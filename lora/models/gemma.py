@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lora.kernels.rope import rope2
 from lora.layer import together
-from lora.models.base import Cache, Mask, attention, ints
+from lora.models.base import Cache, Mask, attention, counts
 from lora.models.llama import (
     Llama,
     LlamaConfig,
@@ -98,7 +98,7 @@ class Gemma3Config(Gemma2Config):
 
     @classmethod
     def from_json(cls, c: dict[str, Any]) -> "Gemma3Config":
-        ints(c, ("num_hidden_layers",))
+        counts(c, ("num_hidden_layers",))
         both = c.get("rope_parameters") or {}
         if "full_attention" in both:  # transformers 5: one set for each kind of layer
             c = c | {"rope_parameters": both["full_attention"]}

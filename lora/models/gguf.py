@@ -16,6 +16,7 @@ import torch
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from torch import Tensor
 
+from lora.models.base import is_count
 from lora.models.llama import LlamaConfig
 from lora.models.qwen import Qwen2Config, Qwen3Config
 from lora.models.tokenizer import Tokenizer
@@ -85,7 +86,7 @@ class GGUF:
 
         def count(key: str, default: Any = None) -> int:
             value = get(key, default)
-            if not isinstance(value, int) or value < 1:
+            if not is_count(value):
                 raise ValueError(f"{self.path}: {architecture}.{key} is {value!r}; it must be a whole number above 0")
             return value
 

@@ -24,7 +24,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from lora.models.base import Cache, CausalLM, Mask, attention, ints, new_embedding, seen
+from lora.models.base import Cache, CausalLM, Mask, attention, counts, is_count, new_embedding, seen
 from lora.models.documents import Documents
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -77,12 +77,11 @@ class GPT2Config:
                 c = c | {own: c[other]}
             elif c.get(other) is not None and c[other] != c[own]:
                 raise ValueError(f"config.json says {own}={c[own]!r} and {other}={c[other]!r}, which are one number")
-        ints(c, ("vocab_size", *_ALSO))
+        counts(c, ("vocab_size", *_ALSO))
         d, heads, inner = c["n_embd"], c["n_head"], c.get("n_inner")
         inner = 4 * d if inner is None else inner
-        for key, value in [(key, c[key]) for key in ("vocab_size", *_ALSO)] + [("n_inner", inner)]:
-            if type(value) is not int or value < 1:
-                raise ValueError(f"config.json says {key}={value!r}, which must be a whole number above 0")
+        if not is_count(inner):
+            raise ValueError(f"config.json says n_inner={inner!r}, which must be a whole number above 0")
         if d % heads:
             raise ValueError(f"config.json says n_embd={d}, which n_head={heads} does not divide")
         eps = c.get("layer_norm_epsilon", 1e-5)

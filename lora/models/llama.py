@@ -24,7 +24,7 @@ from lora.kernels.rope import rope2
 from lora.kernels.swiglu import swiglu
 from lora.layer import together
 from lora.models import fused, lean
-from lora.models.base import Cache, CausalLM, Mask, attention, ints, new_embedding, seen
+from lora.models.base import Cache, CausalLM, Mask, attention, counts, new_embedding, seen
 from lora.models.budget import Keeping
 from lora.models.documents import Documents
 
@@ -66,7 +66,8 @@ class LlamaConfig:
 
         Raises ValueError naming a key that is missing, or a setting that this family does not implement.
         """
-        ints(c, ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"))
+        counts(c, ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"))
+        counts(c, [key for key in ("num_key_value_heads", "head_dim") if c.get(key)])  # which may be left out, or null
         heads = c["num_attention_heads"]
         theta, scaling = rope_settings(c, cls.ropes)
         return cls(

@@ -80,15 +80,14 @@ def load(
         raise FileNotFoundError(f"{path} does not exist; give a folder with config.json, a .gguf file or a hub name")
     else:
         raise ValueError(f"{path} is neither a folder with config.json nor a .gguf file")
-    files = [path] if path.is_file() else path.glob("*.safetensors")
-    size = sum(f.stat().st_size for f in files)
-    if (
-        config.num_layers > 1000 and size < config.num_layers * config.hidden_size
-    ):  # a damaged count; to build that many would take hours
-        raise ValueError(
-            f"{path} asks for {config.num_layers:,} layers of width {config.hidden_size:,}, which {size:,} bytes of "
-            "weights cannot be"
-        )
+    if config.num_layers > 1000:  # damaged, perhaps: to build them before a tensor is missed would take hours
+        files = [path] if path.is_file() else path.glob("*.safetensors")
+        size = sum(f.stat().st_size for f in files)
+        if size < config.num_layers * config.hidden_size:
+            raise ValueError(
+                f"{path} asks for {config.num_layers:,} layers of width {config.hidden_size:,}, which {size:,} bytes "
+                "of weights cannot be"
+            )
     if labels is not None:
         if not hasattr(config, "with_labels"):
             raise ValueError(f"{path}: labels={labels} asks for a head of classes, which only encoders have here")
