@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lora.kernels._triton import tl, triton
-from lora.kernels.dispatch import can_overlap, use_triton
+from lora.kernels.dispatch import launch_early, use_triton
 from lora.kernels.op import op
 from lora.kernels.rope import turn_ref
 
@@ -293,14 +293,12 @@ def _attend(
         n = B * Hkv * shares * GP
         acc, top, total, done = work.split([n * D, n, n, B * Hkv])
         done = done.view(torch.int32)
-    early = early and can_overlap(q.device)
-    launch = {"launch_pdl": True} if early else {}
     with torch.cuda.device_of(q):
         _attend_kernel[(B * Hkv, shares)](
             q, k, v, keys, values, at, start, cos, sin, y, y if a is None else a, ya, acc, top, total, done,
             q.stride(0), k.stride(0), v.stride(0), keys.stride(0), keys.stride(1), Hkv, window, D**-0.5,
-            G=G, D=D, GP=GP, SLOTS=64 if D <= 128 else 32, SHARES=shares, RA=R, EARLY=early, num_warps=4,
-            num_stages=STAGES, **launch,
+            G=G, D=D, GP=GP, SLOTS=64 if D <= 128 else 32, SHARES=shares, RA=R, num_warps=4,
+            num_stages=STAGES, **launch_early(early, q.device),
         )  # fmt: skip
     return y, ya
 

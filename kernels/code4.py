@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from lora.kernels._triton import tl, triton
-from lora.kernels.dispatch import can_overlap, use_triton
+from lora.kernels.dispatch import launch_early, use_triton
 from lora.kernels.op import op
 from lora.kernels.scratch import scratch
 
@@ -164,7 +164,6 @@ def _dequantize4(
     segment = min(block // 2, DECODE_BYTES)
     rows = DECODE_BYTES // segment
     first, last = start // 2, (start + n + 1) // 2
-    early = can_overlap(q.device)  # of the 16 us of 4096 x 4096, waiting for the end of the launch before costs 1
     with torch.cuda.device_of(q):
         _dequantize_kernel[(-(-(-(-last // segment) - first // segment) // rows),)](
             q,
@@ -184,10 +183,10 @@ def _dequantize4(
             SPLIT=block // 2 // segment,
             ROWS=rows,
             NESTED_BLOCK=NESTED if nested else 0,
-            EARLY=early,
             num_warps=DECODE_BYTES // (32 * DECODE_BYTES_THREAD),
             enable_fp_fusion=False,  # nested scales are a product, then a sum: two roundings
-            **({"launch_pdl": True} if early else {}),
+            # of the 16 us of 4096 x 4096, waiting for the end of the launch before costs 1
+            **launch_early(True, q.device),
         )
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lora.kernels._triton import tl, triton
 from lora.kernels.code4 import NESTED, TINY
-from lora.kernels.dispatch import can_overlap, use_triton
+from lora.kernels.dispatch import launch_early, use_triton
 from lora.kernels.op import op
 
 ROWS, WARPS = 8, 8  # blocks of 256 scales and warps of a program: 8 scales a thread
@@ -93,7 +93,6 @@ def _quantize8(absmax: Tensor, sums: Tensor, thresholds: Tensor) -> tuple[Tensor
     q = torch.empty(b, dtype=torch.uint8, device=absmax.device)
     absmax2 = torch.empty(-(-b // NESTED), dtype=torch.float32, device=absmax.device)
     offset = torch.empty((), dtype=torch.float32, device=absmax.device)
-    early = can_overlap(absmax.device)
     with torch.cuda.device_of(absmax):
         _quantize8_kernel[(-(-absmax2.numel() // ROWS),)](
             absmax,
@@ -107,10 +106,9 @@ def _quantize8(absmax: Tensor, sums: Tensor, thresholds: Tensor) -> tuple[Tensor
             SUMS=triton.next_power_of_2(sums.numel()),
             BLOCK=NESTED,
             ROWS=ROWS,
-            EARLY=early,
             num_warps=WARPS,
             enable_fp_fusion=False,
-            **({"launch_pdl": True} if early else {}),
+            **launch_early(True, absmax.device),
         )
     return q, absmax2, offset
 

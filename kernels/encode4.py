@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lora.kernels._triton import tl, triton
 from lora.kernels.code4 import TINY, check_block4
-from lora.kernels.dispatch import can_overlap, use_triton
+from lora.kernels.dispatch import launch_early, use_triton
 from lora.kernels.op import op
 
 # What a program takes at a time (or one block), and a thread of it: 32 values of 16 bits are four loads of 16 bytes
@@ -202,7 +202,6 @@ def _quantize4(w: Tensor, cells: Tensor, block: int) -> tuple[Tensor, Tensor, Te
     q = torch.empty((n + 1) // 2, dtype=torch.uint8, device=w.device)
     absmax = torch.empty(-(-n // block), dtype=torch.float32, device=w.device)
     sums = torch.empty(programs, dtype=torch.float64, device=w.device)
-    early = can_overlap(w.device)
     words = w.dtype == torch.bfloat16 and n % 2 == 0 and w.data_ptr() % 4 == 0
     if n:
         with torch.cuda.device_of(w):  # Triton launches on the current device, not on the tensors'
@@ -222,10 +221,9 @@ def _quantize4(w: Tensor, cells: Tensor, block: int) -> tuple[Tensor, Tensor, Te
                 MAGIC=1.5 * 2**25 / cells.numel(),
                 SCALE=2.0**FIXED,
                 WORDS=words,
-                EARLY=early,
                 num_warps=rows * block // (32 * VALUES_THREAD),
                 enable_fp_fusion=False,
-                **({"launch_pdl": True} if early else {}),
+                **launch_early(True, w.device),
             )
     return q, absmax, sums
 

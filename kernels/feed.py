@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from lora.kernels._triton import tl, triton
-from lora.kernels.dispatch import can_overlap, use_triton
+from lora.kernels.dispatch import launch_early, use_triton
 from lora.kernels.norm import rms_norm_forward
 from lora.kernels.op import op
 from lora.kernels.swiglu import swiglu_forward
@@ -112,14 +112,12 @@ def _launch(
     s = torch.empty((M, K) if adds else 0, dtype=x.dtype, device=x.device)
     xa = torch.empty((M, R), dtype=torch.float32, device=x.device)
     part, num_warps = plan(M, R, K)
-    early = early and can_overlap(x.device)
-    launch = {"launch_pdl": True} if early else {}
     with torch.cuda.device_of(x):  # Triton launches on the current device, not on the tensors'
         _feed_kernel[(max(1, -(-R // max(1, part))), M)](
             x, x if more is None else more, x if w is None else w, x if a is None else a, y, s, xa,
             R, K, x.stride(0), 0 if more is None else more.stride(0), eps,
-            NORM=w is not None, ADD=adds, GATE=gate, PART=part, BLOCK=triton.next_power_of_2(K), EARLY=early,
-            num_warps=num_warps, **launch,
+            NORM=w is not None, ADD=adds, GATE=gate, PART=part, BLOCK=triton.next_power_of_2(K),
+            num_warps=num_warps, **launch_early(early, x.device),
         )  # fmt: skip
     return y, s, xa
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lora.kernels._triton import tl, triton
 from lora.kernels.code4 import Low, Weight4
-from lora.kernels.dispatch import INTERPRETED, use_triton
+from lora.kernels.dispatch import INTERPRETED, launch_early, use_triton
 from lora.kernels.gemv4_kernel import gemv4_kernel
 from lora.kernels.op import op
 from lora.kernels.warp import permute_table
@@ -55,23 +55,24 @@ class Plan(NamedTuple):
         return 128 + sums + self.slots * self.rows * self.unit * self.warps * 512
 
 
+def unit_of(blocks: int, warps: int) -> int:
+    """Blocks that a warp takes at once: most with which the warps read few behind the row, or else fewest read."""
+
+    def read(unit: int) -> int:
+        return -(-blocks // (warps * unit)) * warps * unit
+
+    return min((4, 2, 1), key=lambda unit: (read(unit) > 1.05 * blocks, read(unit), -unit))
+
+
 def plan(K: int, tiles: int) -> Plan:
     """The plan for rows of K weights; `benchmarks/bench_gemv4.py --sweep` times others, LOG.md has what was seen."""
     blocks = K // 64
 
-    def unit(warps: int) -> int:
-        """The largest one with which the warps read few blocks behind the row, or else the one with fewest."""
-
-        def read(unit: int) -> int:
-            return -(-blocks // (warps * unit)) * warps * unit
-
-        return min((4, 2, 1), key=lambda unit: (read(unit) > 1.05 * blocks, read(unit), -unit))
-
     if tiles == 1:
-        return Plan(1, unit(16), 2, 2)
+        return Plan(1, unit_of(blocks, 16), 2, 2)
     if blocks <= 64:  # x is kept in registers: 128 of each of 256 threads
-        return Plan(1, unit(8), 3, 3, 8)
-    return Plan(2, min(unit(8), 2), 3, 3, 8)  # x is read for twice the rows at once
+        return Plan(1, unit_of(blocks, 8), 3, 3, 8)
+    return Plan(2, min(unit_of(blocks, 8), 2), 3, 3, 8)  # x is read for twice the rows at once
 
 
 def share(groups: Sequence[int], most: int) -> tuple[int, list[int]]:
@@ -117,6 +118,23 @@ def _down_kernel(
 
 
 # ---- launch ----
+def operands(
+    x: Tensor, q: list[Tensor], scales: list[Tensor], table: list[Tensor], bias: list[Tensor | None],
+    b: list[Tensor | None],
+) -> tuple[tuple[Tensor, ...], ...]:  # fmt: skip
+    """Of each weight, what a kernel reads: codes, four tensors of scales, table, bias and b, or a stand-in for each."""
+    each = len(scales) // len(q)
+    other = next((t for t in b if t is not None), x)  # stands for a factor that is not there, and is not read
+    parts = []
+    for i, codes in enumerate(q):
+        absmax, code, absmax2, offset = (scales[each * i : each * i + each] * 4)[:4]
+        bias_i, b_i = bias[i], b[i]
+        added = x if bias_i is None else bias_i.to(x.dtype)
+        factor = other if b_i is None else b_i.to(other.dtype)
+        parts.append((codes, absmax, code, absmax2, offset, table[i], added, factor))
+    return tuple(parts)
+
+
 @functools.cache
 def processors(device: torch.device) -> int:
     """Multiprocessors of a GPU: a program fills one; in the interpreter any number will do."""
@@ -206,13 +224,11 @@ def _down(x: Tensor, a: list[Tensor], s: list[float], early: bool) -> Tensor:
     """s x aᵀ of several a, side by side: (M, Σ R) float32."""
     (M, K), ranks = x.shape, tuple(t.shape[0] for t in a)
     y = torch.empty(M, sum(ranks), dtype=torch.float32, device=x.device)
-    early = early and not INTERPRETED
-    launch = {"launch_pdl": True} if early else {}
     block = min(8192, triton.next_power_of_2(K))
     with torch.cuda.device_of(x):
         _down_kernel[(sum(ranks), M)](
-            x, tuple(a), y, K, SS=tuple(s), RS=ranks, RSUM=sum(ranks), BLOCK=block, EARLY=early,
-            num_warps=min(8, max(1, block // 512)), **launch,
+            x, tuple(a), y, K, SS=tuple(s), RS=ranks, RSUM=sum(ranks), BLOCK=block,
+            num_warps=min(8, max(1, block // 512)), **launch_early(early, x.device),
         )  # fmt: skip
     return y
 
@@ -248,27 +264,18 @@ def _gemv4(
     turns, programs = share([triton.cdiv(n, 16 * rows) for n in N], processors(x.device))
     if chosen.memory(tiles, turns) > MEMORY:
         raise ValueError(f"{chosen} asks for more than {MEMORY} bytes of shared memory")
-    each = len(scales) // len(q)
-    other = next((t for t in b if t is not None), x)  # stands for a factor that is not there, and is not read
-    parts = []
-    for i, codes in enumerate(q):
-        absmax, code, absmax2, offset = (scales[each * i : each * i + each] * 4)[:4]
-        bias_i, b_i = bias[i], b[i]
-        added = x if bias_i is None else bias_i.to(x.dtype)
-        factor = other if b_i is None else b_i.to(other.dtype)
-        parts.append((codes, absmax, code, absmax2, offset, table[i], added, factor))
+    parts = operands(x, q, scales, table, bias, b)
     ranks = tuple(0 if t is None else t.shape[1] for t in b)
-    early = early and not INTERPRETED
-    launch = {"launch_pdl": True} if early else {}
     with torch.cuda.device_of(x):
         gemv4_kernel[(sum(programs), triton.cdiv(M, 8 * tiles))](
-            x, tuple(parts), x if xa is None else xa, y, M,
+            x, parts, x if xa is None else xa, y, M,
             NS=tuple(N), RS=ranks, PROGRAMS=tuple(programs), TURNS=turns,
             R2=0 if xa is None else triton.next_power_of_2(max(ranks)),
             BIAS=tuple(int(t is not None) for t in bias), HAS_BIAS=any(t is not None for t in bias),
-            N=sum(N), RSUM=sum(ranks), K=K, BLOCK=block, NESTED=each > 1, HALF=int(x.dtype == torch.float16),
-            TILES=tiles, ROWS=rows, UNIT=unit, SLOTS=slots, LOOK=look, WARPS=warps, STEPS=steps, INNER=inner,
-            MEMORY=MEMORY, EVEN=all(n % (16 * rows) == 0 for n in N), EARLY=early, num_warps=warps, **launch,
+            N=sum(N), RSUM=sum(ranks), K=K, BLOCK=block, NESTED=len(scales) > len(q),
+            HALF=int(x.dtype == torch.float16), TILES=tiles, ROWS=rows, UNIT=unit, SLOTS=slots, LOOK=look,
+            WARPS=warps, STEPS=steps, INNER=inner,
+            MEMORY=MEMORY, EVEN=all(n % (16 * rows) == 0 for n in N), num_warps=warps, **launch_early(early, x.device),
         )  # fmt: skip
     return y
 

@@ -21,8 +21,8 @@ from torch import Tensor
 
 from lora.kernels._triton import triton
 from lora.kernels.code4 import Weight4
-from lora.kernels.dispatch import INTERPRETED
-from lora.kernels.gemv4 import can_gemv4, processors, share
+from lora.kernels.dispatch import launch_early
+from lora.kernels.gemv4 import can_gemv4, operands, processors, share, unit_of
 from lora.kernels.op import op
 from lora.kernels.token4_kernel import ADD, GATE, MOST_LOW, MOST_ROWS, NOTHING, token4_kernel
 
@@ -102,11 +102,7 @@ def token4_gate(
 def plan(K: int) -> tuple[int, int]:
     """Blocks that a warp takes at once, and how many such units are under way, for rows of K weights."""
     blocks = K // 64
-
-    def read(unit: int) -> int:  # blocks that the warps read, some of them behind the row
-        return -(-blocks // (WARPS * unit)) * WARPS * unit
-
-    unit = min((4, 2, 1), key=lambda unit: (read(unit) > 1.05 * blocks, read(unit), -unit))
+    unit = unit_of(blocks, WARPS)
     return unit, 2 if unit == 4 and blocks > 64 else 1
 
 
@@ -192,29 +188,20 @@ def _token4(
     s = torch.empty((M, width) if adds else 0, dtype=x.dtype, device=x.device)
     ya = torch.empty((P, M, R), dtype=torch.float32, device=x.device)
     new_squares = torch.empty((P, M) if adds else 0, dtype=torch.float32, device=x.device)
-    each = len(scales) // len(q)
-    other = next((t for t in b if t is not None), x)  # stands for a factor that is not there, and is not read
-    parts = []
-    for i, codes in enumerate(q):
-        absmax, code, absmax2, offset = (scales[each * i : each * i + each] * 4)[:4]
-        bias_i, b_i = bias[i], b[i]
-        added = x if bias_i is None else bias_i.to(x.dtype)
-        factor = other if b_i is None else b_i.to(other.dtype)
-        parts.append((codes, absmax, code, absmax2, offset, table[i], added, factor))
+    parts = operands(x, q, scales, table, bias, b)
     ranks = tuple(0 if t is None else t.shape[1] for t in b)
     came = xa if squares is None else squares
-    early = early and not INTERPRETED
-    launch = {"launch_pdl": True} if early else {}
     with torch.cuda.device_of(x):
         token4_kernel[(P,)](
-            x, tuple(parts), y if xa is None else xa, y if squares is None else squares, y,
+            x, parts, y if xa is None else xa, y if squares is None else squares, y,
             y if old is None else old, y if w is None else w, s, y if a is None else a, ya, new_squares, M, eps,
             NS=tuple(N), RS=ranks, PROGRAMS=tuple(programs), TURNS=turns, M2=triton.next_power_of_2(M),
             R2=0 if xa is None else triton.next_power_of_2(max(ranks)), SHARES=1 if came is None else len(came),
             NORM=squares is not None, BIAS=tuple(int(t is not None) for t in bias),
-            HAS_BIAS=any(t is not None for t in bias), N=width, RSUM=sum(ranks), K=K, BLOCK=block, NESTED=each > 1,
-            HALF=int(x.dtype == torch.float16), UNIT=unit, AHEAD=ahead, LOOK=2, WARPS=WARPS,
-            EVEN=all(n % 16 == 0 for n in N), AFTER=after, RA=R, CACHED=CACHED, EARLY=early, num_warps=WARPS, **launch,
+            HAS_BIAS=any(t is not None for t in bias), N=width, RSUM=sum(ranks), K=K, BLOCK=block,
+            NESTED=len(scales) > len(q), HALF=int(x.dtype == torch.float16), UNIT=unit, AHEAD=ahead, LOOK=2,
+            WARPS=WARPS, EVEN=all(n % 16 == 0 for n in N), AFTER=after, RA=R, CACHED=CACHED, num_warps=WARPS,
+            **launch_early(early, x.device),
         )  # fmt: skip
     return y, s, ya, new_squares
 
