@@ -26,7 +26,7 @@ from timing import copy_gb_s
 from torch import nn
 
 import lora
-from lora.kernels.dispatch import can_overlap
+from lora.kernels.early import can_overlap
 from lora.models import decode
 from lora.models.decode import Decoder
 from lora.models.decoders import decoder_for
@@ -72,7 +72,7 @@ def bytes_a_token(model: Llama) -> int:
 
 
 CLASSES = {  # of kernels, by a part of the name
-    "products": ("gemv4", "token4", "mma_kernel"), "x aT": ("down", "feed_kernel"), "attention": ("attend",),
+    "products": ("gemv4", "mma_kernel"), "x aT": ("down", "feed_kernel"), "attention": ("attend",),
     "choice": ("choose",), "head": ("gemv", "gemm", "splitK", "cutlass", "nvjet"),
 }  # fmt: skip
 

@@ -6,8 +6,7 @@ A program takes one row, one key head with the G query heads that read it, and a
 it walks with an online softmax.  The program of the first share also turns and stores the new key; it uses it from
 registers, so nothing waits for memory to be visible.  Where rows and heads are too few to fill the card and the cache
 is long, a row's slots are shared out; whoever finishes last adds the shares up, always in the same order, so that two
-runs give the same bits.  Bytes that move: the cache once, 2 (at - first) D a key head.  What the next layer's low-rank
-update wants of y, its product with factors a, can be left in shares, one of each key head (token4.py).
+runs give the same bits.  Bytes that move: the cache once, 2 (at - first) D a key head.
 
 Source: arXiv:2104.09864 (rope), arXiv:2205.14135 section 3.1 (online softmax), arXiv:2311.01282 section 3 (shares).
 """
@@ -16,7 +15,8 @@ import torch
 from torch import Tensor
 
 from lora.kernels._triton import tl, triton
-from lora.kernels.dispatch import launch_early, use_triton
+from lora.kernels.dispatch import use_triton
+from lora.kernels.early import launch_early
 from lora.kernels.op import op
 from lora.kernels.rope import turn_ref
 
@@ -57,35 +57,12 @@ def attend_ref(
 
 # ---- kernel ----
 @triton.jit
-def _rows_of_a(a_ptr, first, h, Hkv, G: tl.constexpr, D: tl.constexpr, RA: tl.constexpr):
-    """16 rows of a, the columns of the G heads of key head h."""
-    r, c = first + tl.arange(0, 16)[:, None], tl.arange(0, triton.next_power_of_2(G * D))
-    return tl.load(a_ptr + (r * Hkv + h) * (G * D) + c, mask=(r < RA) & (c < G * D), other=0.0)
-
-
-@triton.jit
-def _low(y_ptr, a_ptr, ya_ptr, a, b, h, Hkv, G: tl.constexpr, D: tl.constexpr, RA: tl.constexpr):
-    """The share of y aᵀ of the heads that this program has just stored; `a`: the first 16 rows."""
-    tl.debug_barrier()  # all threads have
-    c = tl.arange(0, triton.next_power_of_2(G * D))
-    y = tl.load(y_ptr + (b * Hkv + h) * (G * D) + c, mask=c < G * D, other=0.0).to(tl.float32)
-    for first in tl.static_range(0, RA, 16):
-        if first > 0:
-            a = _rows_of_a(a_ptr, first, h, Hkv, G, D, RA)
-        r = first + tl.arange(0, 16)
-        at = (h * (tl.num_programs(0) // Hkv) + b) * RA + r
-        tl.store(ya_ptr + at, tl.sum(a.to(tl.float32) * y, axis=1), mask=r < RA)
-
-
-@triton.jit
 def _attend_kernel(
     q_ptr, k_ptr, v_ptr,  # (B, Hkv G D), (B, Hkv D), (B, Hkv D), rows apart by their strides
     keys_ptr, values_ptr,  # (B, Hkv, S, D), rows and heads apart by their strides
     at_ptr, start_ptr,  # (B,) i64
     cos_ptr, sin_ptr,  # (positions, D / 2) f32
     y_ptr,  # (B, Hkv G D)
-    a_ptr,  # (RA, Hkv G D)
-    ya_ptr,  # (Hkv, B, RA) f32
     acc_ptr, top_ptr, total_ptr,  # (B Hkv, SHARES, GP, D), (B Hkv, SHARES, GP) twice: f32
     done_ptr,  # (B Hkv,) i32, zeros before and after
     q_stride, k_stride, v_stride, row_stride, head_stride, Hkv, window, scale,
@@ -94,7 +71,6 @@ def _attend_kernel(
     GP: tl.constexpr,  # G up to what a matrix product takes
     SLOTS: tl.constexpr,  # at a time
     SHARES: tl.constexpr,
-    RA: tl.constexpr,
     EARLY: tl.constexpr,
 ):  # fmt: skip
     bh, share = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -106,9 +82,6 @@ def _attend_kernel(
     at, start = tl.load(at_ptr + b), tl.load(start_ptr + b)
     cos = tl.load(cos_ptr + (at - start) * HALF + i)
     sin = tl.load(sin_ptr + (at - start) * HALF + i)
-    a = 0.0
-    if RA:
-        a = _rows_of_a(a_ptr, 0, h, Hkv, G, D, RA)
     if EARLY:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
@@ -157,8 +130,6 @@ def _attend_kernel(
     out = y_ptr + b * Hkv * G * D + (h * G + g[:, None]) * D + d
     if SHARES == 1:
         tl.store(out, (acc / total[:, None]).to(dtype), mask=mask)
-        if RA:
-            _low(y_ptr, a_ptr, ya_ptr, a, b, h, Hkv, G, D, RA)
     else:
         mine = (bh * SHARES + share) * GP + g
         tl.store(acc_ptr + mine[:, None] * D + d, acc, mask=mask)
@@ -179,8 +150,6 @@ def _attend_kernel(
                 part = acc_ptr + (theirs + j * GP)[:, None] * D + d
                 acc += shrink[:, None] * tl.load(part, mask=mask, other=0.0, cache_modifier=".cg")
             tl.store(out, (acc / total[:, None]).to(dtype), mask=mask)
-            if RA:
-                _low(y_ptr, a_ptr, ya_ptr, a, b, h, Hkv, G, D, RA)
 
 
 # ---- launch ----
@@ -226,25 +195,6 @@ def attend(
     (0: all); work: of `new_work`, without which no row is shared out; early: at, start and older slots were complete
     before the launch before this one.
     """
-    return attend_low(None, q, k, v, keys, values, at, start, cos, sin, window, work, early)[0]
-
-
-def attend_low(
-    a: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    at: Tensor,
-    start: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    window: int = 0,
-    work: Tensor | None = None,
-    early: bool = False,
-) -> tuple[Tensor, Tensor | None]:
-    """`attend`, and y aᵀ of factors a (R, H D) of the layer that reads y: in shares, (Hkv, B, R) float32."""
     B, Hkv, S, D = keys.shape
     if q.shape[1] % (Hkv * D) or k.shape != (B, Hkv * D) or v.shape != k.shape or keys.stride()[2:] != (D, 1):
         raise ValueError(
@@ -254,15 +204,11 @@ def attend_low(
         raise ValueError(
             f"at {tuple(at.shape)}, start {tuple(start.shape)} and cos {tuple(cos.shape)} do not fit {B} rows of {D}"
         )
-    if a is not None and (a.shape[1] != q.shape[1] or not a.is_contiguous()):
-        raise ValueError(f"factors a {tuple(a.shape)}: wanted contiguous (R, {q.shape[1]})")
     whole = D in (32, 64, 128, 256) and all(t.stride(1) == 1 for t in (q, k, v))
-    others = [t for t in (work, a) if t is not None]
+    others = [] if work is None else [work]
     if not use_triton(q, k, v, keys, values, at, start, cos, sin, *others) or not whole:
-        y = attend_ref(q, k, v, keys, values, at, start, cos, sin, window)
-        return y, None if a is None else (y.float() @ a.float().T).expand(1, -1, -1).contiguous()
-    y, ya = _attend(q, k, v, keys, values, at, start, cos, sin, window, work, early, a)
-    return y, None if a is None else ya
+        return attend_ref(q, k, v, keys, values, at, start, cos, sin, window)
+    return _attend(q, k, v, keys, values, at, start, cos, sin, window, work, early)
 
 
 @op("lora::attend", mutates=("keys", "values", "work"))
@@ -279,15 +225,12 @@ def _attend(
     window: int,
     work: Tensor | None,
     early: bool,
-    a: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+) -> Tensor:
     B, Hkv, S, D = keys.shape
     G = q.shape[1] // (Hkv * D)
     GP = max(16, triton.next_power_of_2(G))
     shares = 1 if work is None else shares_of(B * Hkv, S)
     y = torch.empty(B, Hkv * G * D, dtype=q.dtype, device=q.device)
-    R = 0 if a is None else a.shape[0]
-    ya = torch.empty(Hkv, B, R, dtype=torch.float32, device=q.device)
     acc = top = total = done = y  # not read where there is one share
     if work is not None:
         n = B * Hkv * shares * GP
@@ -295,15 +238,14 @@ def _attend(
         done = done.view(torch.int32)
     with torch.cuda.device_of(q):
         _attend_kernel[(B * Hkv, shares)](
-            q, k, v, keys, values, at, start, cos, sin, y, y if a is None else a, ya, acc, top, total, done,
+            q, k, v, keys, values, at, start, cos, sin, y, acc, top, total, done,
             q.stride(0), k.stride(0), v.stride(0), keys.stride(0), keys.stride(1), Hkv, window, D**-0.5,
-            G=G, D=D, GP=GP, SLOTS=64 if D <= 128 else 32, SHARES=shares, RA=R, num_warps=4,
+            G=G, D=D, GP=GP, SLOTS=64 if D <= 128 else 32, SHARES=shares, num_warps=4,
             num_stages=STAGES, **launch_early(early, q.device),
         )  # fmt: skip
-    return y, ya
+    return y
 
 
 @_attend.register_fake
-def _(q, k, v, keys, values, at, start, cos, sin, window, work, early, a):
-    shares = (keys.shape[1], len(q), 0 if a is None else a.shape[0])
-    return q.new_empty(q.shape), q.new_empty(shares, dtype=torch.float32)
+def _(q, k, v, keys, values, at, start, cos, sin, window, work, early):
+    return q.new_empty(q.shape)

@@ -10,9 +10,6 @@ from torch import Tensor
 from lora.kernels._triton import tl, triton
 
 PAIRS = 256 * 16 * 4  # bytes of shared memory: for each byte of codes its two values, once for every two lanes
-# Those of token4_kernel.py; with Triton's own they end at 48 KB, since it does not ask for more on their behalf
-SUMS = 2 * 16 * 544  # two turns of 16 warps' sums, rows padded
-ROOM = 6176  # what else it keeps
 
 
 def permute_table(code: Tensor) -> Tensor:
@@ -285,80 +282,3 @@ def mma(a0, a1, a2, a3, b0, b1, c0, c1, c2, c3, HALF: tl.constexpr):
             is_pure=False,
             pack=1,
         )
-
-
-# ---- for token4_kernel.py ----
-@triton.jit
-def load8(p, have):
-    """8 bytes of codes at address p as two words, anything where `have` is 0; read once, so left out of the L1."""
-    return tl.inline_asm_elementwise(
-        "{ .reg .pred p; setp.ne.b32 p, $3, 0; @p ld.global.nc.L1::no_allocate.L2::128B.v2.b32 {$0, $1}, [$2]; }",
-        "=r,=r,l,r",
-        [p, have],
-        dtype=(tl.int32, tl.int32),
-        is_pure=False,
-        pack=1,
-    )
-
-
-@triton.jit
-def prefetch(p, size):
-    """Asks for `size` bytes from address p on to be brought to the second cache; multiples of 16, 0: none."""
-    return tl.inline_asm_elementwise(
-        """{ .reg .pred p; setp.ne.b32 p, $2, 0;
-        @p cp.async.bulk.prefetch.L2.global [$1], $2; mov.b32 $0, 0; }""",
-        "=r,l,r",
-        [p, size],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
-
-
-@triton.jit
-def rooms(like):
-    """Addresses of shared memory, the same in every thread, once a kernel: PAIRS bytes, SUMS, two flags, ROOM."""
-    return tl.inline_asm_elementwise(
-        ".shared .align 128 .b8 lora_pairs[16384]; .shared .align 128 .b8 lora_sums[17408]; "
-        ".shared .align 8 .b64 lora_flags[2]; .shared .align 128 .b8 lora_room[6176]; "
-        "mov.u32 $0, lora_pairs; mov.u32 $1, lora_sums; mov.u32 $2, lora_flags; mov.u32 $3, lora_room; // $4",
-        "=r,=r,=r,=r,r",
-        [like],
-        dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
-        is_pure=False,
-        pack=1,
-    )
-
-
-@triton.jit
-def room(like):
-    """The address of ROOM again, for tensors of any shape."""
-    return tl.inline_asm_elementwise(
-        "mov.u32 $0, lora_room; // $1", "=r,r", [like], dtype=tl.int32, is_pure=False, pack=1
-    )
-
-
-@triton.jit
-def put1(at, value):
-    """A float32 to address `at` of shared memory."""
-    return tl.inline_asm_elementwise(
-        "st.shared.f32 [$1], $2; mov.b32 $0, 0;", "=r,r,f", [at, value], dtype=tl.int32, is_pure=False, pack=1
-    )
-
-
-@triton.jit
-def put_half(at, value):
-    """The low 16 bits of a word to address `at` of shared memory."""
-    return tl.inline_asm_elementwise(
-        "{ .reg .b16 h; cvt.u16.u32 h, $2; st.shared.b16 [$1], h; mov.b32 $0, 0; }",
-        "=r,r,r", [at, value], dtype=tl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
-
-
-@triton.jit
-def get_half(at):
-    """The 16 bits at address `at` of shared memory, as a word."""
-    return tl.inline_asm_elementwise(
-        "{ .reg .b16 h; ld.shared.b16 h, [$1]; cvt.u32.u16 $0, h; }",
-        "=r,r", [at], dtype=tl.int32, is_pure=False, pack=1,
-    )  # fmt: skip

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from lora.kernels import attend as attend_file
-from lora.kernels.attend import attend, attend_low, attend_ref, new_work, shares_of
+from lora.kernels.attend import attend, attend_ref, new_work, shares_of
 from lora.kernels.rope import rope
 
 F64 = torch.float64
@@ -92,24 +92,6 @@ def test_a_row_in_shares_equals_the_row_in_one(
     assert torch.equal(t["keys"], once["keys"]) and torch.equal(t["values"], once["values"])
 
 
-@pytest.mark.parametrize("R", [1, 16, 37])
-@pytest.mark.parametrize("shared", [False, True])
-def test_the_product_with_factors_comes_in_shares(
-    triton_device: torch.device, monkeypatch: pytest.MonkeyPatch, R: int, shared: bool
-) -> None:
-    t = inputs(3, 6, 2, 32, 300, torch.float16, triton_device)
-    if shared:
-        monkeypatch.setattr(attend_file, "SHORT", 64)
-    a = torch.randn(R, 6 * 32, device=triton_device).half()
-    work = new_work(t["keys"], 6)
-    assert (work is not None) == shared
-    y, ya = attend_low(a, **t, work=work)
-    assert ya is not None and ya.shape == (2, 3, R)
-    assert torch.equal(y, attend(**t, work=work))
-    torch.testing.assert_close(ya.sum(dim=0).double(), y.double() @ a.double().T, rtol=1e-5, atol=1e-5)
-    assert torch.equal(ya, attend_low(a, **t, work=work)[1])
-
-
 def test_rows_are_shared_out_only_where_that_fills_the_card() -> None:
     assert shares_of(8, 256) == 1 == shares_of(512, 8192)
     assert shares_of(8, 8192) == 16 and shares_of(64, 8192) == 2
@@ -131,5 +113,3 @@ def test_shapes_that_do_not_fit_are_refused(triton_device: torch.device) -> None
         attend(**(t | {"k": t["k"][:, :32]}))
     with pytest.raises(ValueError, match="do not fit 2 rows"):
         attend(**(t | {"at": t["at"][:1]}))
-    with pytest.raises(ValueError, match="factors a"):
-        attend_low(torch.zeros(2, 8), **t)

@@ -36,7 +36,6 @@ from lora.kernels import (
     rope,
     side,
     swiglu,
-    token4,
 )
 from lora.kernels import gate as gate_file
 from lora.kernels.linear4 import Weight4, linears4
@@ -219,7 +218,7 @@ def of_a_token(put: Put, S: int, short: int) -> Call:
     keys, values = put(half(B, Hkv, S, D)), put(half(B, Hkv, S, D))
     at, start = put(torch.tensor([S - 1, S - 7])), put(torch.tensor([0, 3]))
     angle = torch.rand(S, D // 2)
-    cos, sin, a = put(angle.cos()), put(angle.sin()), put(half(5, H * D))
+    cos, sin = put(angle.cos()), put(angle.sin())
     work = None
     with patch.object(attend, "SHORT", short):
         if (zeros := attend.new_work(torch.empty(B, Hkv, S, D, device="meta"), H)) is not None:
@@ -227,9 +226,7 @@ def of_a_token(put: Put, S: int, short: int) -> Call:
 
     def call() -> list[Tensor]:
         with patch.object(attend, "SHORT", short):
-            y, ya = attend.attend_low(a, q, k, v, keys, values, at, start, cos, sin, 0, work)
-            assert ya is not None
-            return [y, ya, keys, values]
+            return [attend.attend(q, k, v, keys, values, at, start, cos, sin, 0, work), keys, values]
 
     return call
 
@@ -385,36 +382,7 @@ def few_rows(put: Put) -> Call:
     return lambda: list(linears4(x, [weight], [bias], [(a, b, 0.5)]))
 
 
-@case
-def few_rows_and_what_follows(put: Put) -> Call:
-    x = put(half(3, 192))
-
-    def weight(N: int, K: int) -> Weight4:
-        packed = by_the_twin(torch.randn(N, K) * 0.1, True)
-        q, scales = put(packed.q.view(-1)), tuple(put(t) for t in packed.scales)
-        return Weight4(q, scales, put(code4.byte_table(packed.code)), put(gemv4.permute_table(packed.code)), 64, (N, K))
-
-    gates, last = [weight(64, 192), weight(64, 192)], weight(40, 64)
-    bs = [put(half(64, 5)), None]
-    shares = token4.Shares(put(torch.randn(2, 3, 5)), put(torch.rand(2, 3)), 1e-5)
-    a, b, next_a, old, w, bias = (put(half(*n)) for n in ((6, 64), (40, 6), (20, 40), (3, 40), (40,), (40,)))
-
-    def call() -> list[Tensor]:
-        assert token4.can_token4(x, gates, bs, gate=True)
-        h, given = token4.token4_gate(x, gates, [None, None], bs, shares, a)
-        y, s, left = token4.token4_add(h, last, bias, b, given, old, w, 1e-5, next_a)
-        return [
-            h,
-            *token4.token4(x, gates, [None, None], bs, shares),
-            y,
-            s,
-            *(t for t in (*given[:1], *left[:2]) if t is not None),
-        ]
-
-    return call
-
-
-PTX = (few_rows, few_rows_and_what_follows)
+PTX = (few_rows,)
 
 
 # ---- what is asked of each ----
@@ -519,7 +487,7 @@ def test_there_is_a_case_for_every_kernel(triton_device: torch.device, monkeypat
 
         def __getitem__(self, grid: Any) -> Any:
             launched.add(self.name)
-            ptx = "gemv4" in self.name or "token4" in self.name
+            ptx = "gemv4" in self.name
             return (lambda *_, **__: None) if ptx and dispatch.INTERPRETED else self.kernel[grid]
 
     found = kernels()

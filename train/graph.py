@@ -146,7 +146,8 @@ class Graphs:
             free = min(free, keeping.budget - torch.cuda.memory_allocated(device))
         if not keeping.graph_fits(batch.ids.numel(), self.model.place()[1].itemsize, free, room):
             return None
-        self.pool = self.pool or torch.cuda.graph_pool_handle()
+        if not self.graphs:  # a pool whose graphs are all gone takes no other
+            self.pool = torch.cuda.graph_pool_handle()
         self.stream = self.stream or torch.cuda.Stream(device)
         self.graphs[key] = _Recorded(self.model, batch, learned, key[-1], self.pool, self.stream, self._places())
         self.held += max(0, driver - torch.cuda.mem_get_info(device)[0])

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora.kernels.attend import attend_low, new_work
+from lora.kernels.attend import attend, new_work
 from lora.kernels.choose import choose, note
-from lora.kernels.dispatch import can_overlap
+from lora.kernels.early import can_overlap
 from lora.kernels.rope import rope
 from lora.kernels.scratch import mine
 from lora.models.base import Cache, CausalLM, attention, causal_mask
@@ -27,7 +27,6 @@ ASK = 4  # tokens between two questions to a GPU whether all rows have ended
 PROMPT = 32  # prompts on a GPU are padded to a multiple of so many tokens, so that they share recordings
 RECORDED = 4096  # tokens of all prompts together, up to which launches matter
 PROMPTS = 8  # shapes of prompts recorded at once
-EARLY = False  # whether launches begin while those before them end: a step of 3.1 ms takes 3.7 then (H100, LOG.md)
 RECORDINGS = 4  # sets of adapters' shapes recorded at once
 
 
@@ -65,7 +64,7 @@ class Decoder:
         self.plain = plain(model)
         self.filled = 0  # slots of a row in use, by the host's count
         self.recordings: OrderedDict[Key, Recording] = OrderedDict()
-        self.pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+        self.pool: Any = None  # of all graphs
         self.asked: tuple[torch.cuda.Event, Tensor] | None = None
         if self.plain:
             angle = torch.arange(length).float()[:, None] * model.config.inv_freq().to("cpu")
@@ -204,6 +203,8 @@ class Decoder:
         return next(reversed(self.recordings.values()))
 
     def _record(self, run: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+        if not any(r.steps or r.prompts for r in self.recordings.values()):
+            self.pool = torch.cuda.graph_pool_handle()  # one whose graphs are all gone takes no other
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self.pool):
             result = run()
@@ -274,18 +275,14 @@ class Decoder:
     def _step(self) -> Tensor:
         """One token of each row through all layers; logits (B, V)."""
         c = self.model.config
-        early = EARLY and can_overlap(self.device)
+        early = can_overlap(self.device)
 
-        def attend_one(layer: int, a: Tensor | None, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor | None]:
+        def attend_one(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             keys, values = self.cache.kv[layer]
             place = (self.at, self.start, self.cos, self.sin, c.window(layer) or 0)
-            return attend_low(a, q, k, v, keys, values, *place, self.work, early)
+            return attend(q, k, v, keys, values, *place, self.work, early)
 
-        reading, x = self.now.reading, self.model.model.embed_tokens(self.token)
-        if reading.in_five(x):
-            h = reading.token(x, attend_one, early)
-        else:
-            h = reading.forward(x, lambda layer, *qkv: attend_one(layer, None, *qkv)[0], early)
+        h = self.now.reading.forward(self.model.model.embed_tokens(self.token), attend_one, early)
         return self.model.lm_head(h)
 
     def _slow_step(self) -> Tensor:

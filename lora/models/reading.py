@@ -3,8 +3,6 @@
     each block     h, x = norm(x + more)      q, k, v = W h + b (a h)       more = o_proj(attend(q, k, v))
                    h, x = norm(x + more)      g, u = W h + b (a h)          more = down_proj(silu(g) u)
 
-One token of a few rows takes the five launches a block of token4.py where all of it fits; else nine or more.
-
 The linear layers of one input are a `Group`.  Where all are 4-bit, the factors of their active adapters are copied
 into buffers: joined over adapters and layers, padded to a rank of 16, 32, 64 or 128, in the dtype of the states, their
 scales multiplied in.  A recording of the blocks reads the buffers, so that adapters are trained further, switched or
@@ -22,7 +20,6 @@ from lora.kernels.code4 import Weight4
 from lora.kernels.feed import MOST_ROWS, feed_gate, feed_low, feed_norm
 from lora.kernels.gemv4 import can_gemv4, gemv4_group
 from lora.kernels.linear4 import linears4
-from lora.kernels.token4 import Shares, can_token4, token4, token4_add, token4_gate
 from lora.layer import Adapted, LoRALinear, adapted, is_hooked, together
 from lora.models.base import CausalLM
 from lora.models.llama import MLP, Attention, Block, Llama, RMSNorm
@@ -30,13 +27,10 @@ from lora.quant.linear import Linear4bit
 
 BUFFERED = {"cuda"}  # devices on which factors are copied into buffers; on a CPU nothing is recorded
 AT_ONCE = 64  # factors copied in one launch: their products with the scales take memory until then
-IN_FIVE = False  # launches a block: quicker on an H100 (LOG.md), but its tests on a GPU have not been run
 MOST_RANK = 128  # of a layer's adapters together, up to which they ride in the product of its base
 
 Key = tuple[object, object]
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # layer, q, k, v (M, H D) -> (M, H D)
-# the same with factors a (R, H D) before q; y and y aᵀ in shares (P, M, R)
-AttendLow = Callable[[int, Tensor | None, Tensor, Tensor, Tensor], tuple[Tensor, Tensor | None]]
 
 
 def plain(model: CausalLM) -> bool:
@@ -121,12 +115,11 @@ class Factors:
 
     def __init__(self, group: Group, dtype: torch.dtype, device: torch.device) -> None:
         self.layers = group.layers
-        self.weights, self.a, self.bs, self.one_code = [], None, [], False
+        self.weights, self.a, self.bs = [], None, []
         if group.parts is None:
             return
         self.weights = [p.base.weight4() for p in group.parts]
         self.one_kind = len({(len(w.scales), w.block) for w in self.weights}) == 1
-        self.one_code = all(torch.equal(w.permute, self.weights[0].permute) for w in self.weights)
         self.biases = [p.base.bias_as(dtype) for p in group.parts]
         ranks = [p.rank() for p in group.parts]
         K = self.weights[0].shape[1]
@@ -162,12 +155,6 @@ class Factors:
                 xa = feed_low(x, self.a, early)
             return gemv4_group(x, self.weights, self.biases, self.bs, xa, early)
         return linears4(x, self.weights, self.biases, self._lows())
-
-    def add(
-        self, x: Tensor, shares: Shares, old: Tensor, norm: RMSNorm, a: Tensor | None, early: bool
-    ) -> tuple[Tensor, Tensor, Shares]:
-        """w (old + layer(x)), the sum, and what the norm of it and its product with a need: `token4_add`."""
-        return token4_add(x, self.weights[0], self.biases[0], self.bs[0], shares, old, norm.weight, norm.eps, a, early)
 
     def _lows(self) -> list[tuple[Tensor, Tensor, float] | None]:
         lows: list[tuple[Tensor, Tensor, float] | None] = []
@@ -225,37 +212,6 @@ class Reading:
             some = slice(i, i + AT_ONCE)
             # the product is float32, and rounded once
             torch._foreach_copy_(self.slots[some], torch._foreach_mul(what[some], times[some]))
-
-    def in_five(self, x: Tensor) -> bool:
-        """Whether `token` takes embedded tokens x (M, d): all blocks in five launches each."""
-        if (
-            not IN_FIVE or not x.is_cuda or x.dtype != torch.bfloat16
-        ):  # w s, not normalised, may be too large or small for float16
-            return False
-        norms = [n for b in self.blocks for n in (b.input_layernorm, b.post_attention_layernorm)]
-        norms.append(self.model.model.norm)
-        if any(type(n) is not RMSNorm or n.weight.dtype != x.dtype for n in norms):
-            return False
-        gates = self.factors[2::4]
-        return all(f.one_code and can_token4(x, f.weights, f.bs, f in gates) for f in self.factors)
-
-    def token(self, x: Tensor, attend: AttendLow, early: bool = False) -> Tensor:
-        """As `forward`, where `in_five` says so."""
-        norm = self.blocks[0].input_layernorm
-        h, x, xa = feed_norm(x, None, norm.weight, norm.eps, self.factors[0].a, early)
-        shares = Shares(None if xa is None else xa[None])
-        for i, block in enumerate(self.blocks):
-            qkv, o, gu, down = self.factors[4 * i : 4 * i + 4]
-            q, k, v = token4(h, qkv.weights, qkv.biases, qkv.bs, shares, early)
-            q, k = _heads(block.self_attn, q, k)
-            h, xa = attend(i, o.a, q, k, v)
-            norm = block.post_attention_layernorm
-            h, x, shares = o.add(h, Shares(xa), x, norm, gu.a, early)
-            h, shares = token4_gate(h, gu.weights, gu.biases, gu.bs, shares, down.a, early)
-            last = i + 1 == len(self.blocks)
-            norm = self.model.model.norm if last else self.blocks[i + 1].input_layernorm
-            h, x, shares = down.add(h, shares, x, norm, None if last else self.factors[4 * i + 4].a, early)
-        return feed_norm(x, None, norm.weight, norm.eps, None, early)[0]
 
     def forward(self, x: Tensor, attend: Attend, early: bool = False) -> Tensor:
         """The states (M, d) that the head reads, of embedded tokens x (M, d).
