@@ -26,7 +26,7 @@ from timing import copy_gb_s
 from torch import nn
 
 import lora
-from lora.kernels.early import can_overlap
+from lora.kernels.dispatch import can_overlap
 from lora.models import decode
 from lora.models.decode import Decoder
 from lora.models.decoders import decoder_for

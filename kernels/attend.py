@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from lora.kernels._triton import tl, triton
-from lora.kernels.dispatch import use_triton
-from lora.kernels.early import launch_early
+from lora.kernels.dispatch import launch_early, use_triton
 from lora.kernels.op import op
 from lora.kernels.rope import turn_ref
 

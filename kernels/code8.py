@@ -17,8 +17,7 @@ from torch import Tensor
 
 from lora.kernels._triton import tl, triton
 from lora.kernels.code4 import NESTED, TINY
-from lora.kernels.dispatch import use_triton
-from lora.kernels.early import launch_early
+from lora.kernels.dispatch import launch_early, use_triton
 from lora.kernels.op import op
 
 ROWS, WARPS = 8, 8  # blocks of 256 scales and warps of a program: 8 scales a thread

@@ -7,6 +7,7 @@ LORA_KERNELS=triton  Triton or an error; with TRITON_INTERPRET=1 set before Pyth
 """
 
 import contextlib
+import functools
 import os
 from collections.abc import Iterator
 
@@ -66,3 +67,15 @@ def use_triton(*tensors: Tensor) -> bool:
             raise RuntimeError(f"LORA_KERNELS=triton, but the tensors are {dtypes}; kernels take 32 and 16 bits")
         return True
     return wish == "auto" and there and _triton.AVAILABLE and not wide
+
+
+@functools.cache
+def can_overlap(device: torch.device) -> bool:
+    """Whether a launch may begin while the one before it ends (programmatic dependent launch: Hopper and later)."""
+    return not INTERPRETED and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def launch_early(early: bool, device: torch.device) -> dict[str, bool]:
+    """Arguments of a launch that may begin before the one in front of it ends; the kernel waits by itself if EARLY."""
+    early = early and can_overlap(device)
+    return {"EARLY": True, "launch_pdl": True} if early else {"EARLY": False}

@@ -17,8 +17,7 @@ from torch import Tensor
 
 from lora.kernels._triton import tl, triton
 from lora.kernels.code4 import TINY, check_block4
-from lora.kernels.dispatch import use_triton
-from lora.kernels.early import launch_early
+from lora.kernels.dispatch import launch_early, use_triton
 from lora.kernels.op import op
 
 # What a program takes at a time (or one block), and a thread of it: 32 values of 16 bits are four loads of 16 bytes

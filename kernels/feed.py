@@ -18,8 +18,7 @@ import torch
 from torch import Tensor
 
 from lora.kernels._triton import tl, triton
-from lora.kernels.dispatch import use_triton
-from lora.kernels.early import launch_early
+from lora.kernels.dispatch import launch_early, use_triton
 from lora.kernels.norm import rms_norm_forward
 from lora.kernels.op import op
 from lora.kernels.swiglu import swiglu_forward

@@ -15,8 +15,7 @@ from torch import Tensor
 
 from lora.kernels._triton import tl, triton
 from lora.kernels.code4 import Low, Weight4
-from lora.kernels.dispatch import INTERPRETED, use_triton
-from lora.kernels.early import launch_early
+from lora.kernels.dispatch import INTERPRETED, launch_early, use_triton
 from lora.kernels.gemv4_kernel import gemv4_kernel
 from lora.kernels.op import op
 from lora.kernels.warp import permute_table

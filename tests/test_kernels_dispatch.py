@@ -34,3 +34,11 @@ def test_several_devices_and_unknown_wishes_are_refused(monkeypatch: pytest.Monk
     monkeypatch.setenv("LORA_KERNELS", "cuda")
     with pytest.raises(ValueError, match="'auto', 'torch' and 'triton'"):
         use_triton(torch.zeros(2))
+
+
+@pytest.mark.parametrize("early", [False, True])
+def test_a_launch_begins_early_only_where_it_is_asked_to_and_can(early: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert dispatch.launch_early(early, torch.device("cpu")) == {"EARLY": False}
+    monkeypatch.setattr(dispatch, "can_overlap", lambda device: True)
+    want = {"EARLY": True, "launch_pdl": True} if early else {"EARLY": False}
+    assert dispatch.launch_early(early, torch.device("cpu")) == want

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lora.kernels.attend import attend, new_work
 from lora.kernels.choose import choose, note
-from lora.kernels.early import can_overlap
+from lora.kernels.dispatch import can_overlap
 from lora.kernels.rope import rope
 from lora.kernels.scratch import mine
 from lora.models.base import Cache, CausalLM, attention, causal_mask
