@@ -11,7 +11,8 @@ from tiny import give_tokenizer
 
 import lora
 from lora.__main__ import main
-from lora.models.budget import CUBLAS, Widths, account, graph_fits, host_bytes, keep_on_gpu, sending_bytes
+from lora.kernels.scratch import mine
+from lora.models.budget import CUBLAS, Keeping, Widths, account, graph_fits, host_bytes, keep_on_gpu, sending_bytes
 from lora.models.host import host_room
 from lora.models.llama import LlamaConfig
 from lora.models.outline import outline
@@ -259,3 +260,24 @@ def test_other_models_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="abacus"):
         lora.plan(tmp_path)
     assert card_of("RTX 4090").memory == 24 * GIB
+
+
+def test_a_budget_that_no_choice_keeps_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """8,192 tokens of a model whose weights take 6 GiB of a card of 80."""
+    x, keeping = torch.empty(4, 2048, 4096, dtype=torch.bfloat16, device="meta"), Keeping(LARGE)
+    base, there = 6 * GIB, mine()
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (74 * GIB, 80 * GIB))
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: base)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: base)
+    least = account(WIDTHS, ["input_host"] * 31 + ["input"], 8192, 2, learned=1).total
+    least += base + 2 * CUBLAS - x.numel() * x.element_size() - sum(t.nbytes for t in there.values() if t.is_meta)
+    keeping.budget = least
+    assert keeping.within(WIDTHS, 8192, x) == ["input_host"] * 31 + ["input"]
+    keeping.budget = least - 1
+    with pytest.raises(RuntimeError, match=f"8,192 tokens takes at least {least / GIB:.2f} GiB, and the budget is"):
+        keeping.within(WIDTHS, 8192, x)
+    keeping.budget = None
+    assert keeping.within(WIDTHS, 8192, x) == ["all"] * 32
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (GIB, 80 * GIB))
+    keeping.budget = 70 * GIB  # the card is full, not the budget: the allocator has the last word
+    assert keeping.within(WIDTHS, 8192, x) == ["input_host"] * 31 + ["input"]
