@@ -1,5 +1,8 @@
 """Recorded batches: the same losses and gradients as without a graph, for every batch of a shape."""
 
+import warnings
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -159,3 +162,25 @@ def test_no_step_waits_for_the_gpu_and_memory_does_not_grow(
         assert (torch.cuda.memory_allocated(), torch.cuda.memory_reserved()) == before
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@on_gpu
+@pytest.mark.parametrize("pack", [False, True])
+def test_a_step_of_a_run_waits_once(pack: bool, stories: Path) -> None:
+    """For loss, norm and hits, which decide whether the step is taken; PyTorch warns of each wait."""
+    words = ["the", "cat", "sat", "on", "a", "mat", "and", "Lily", "played", "outside"]
+    rows = [{"prompt": "", "completion": " ".join(words[: 2 + i % 8])} for i in range(64)]
+    waits = []
+    for steps in (5, 25):
+        model, tokenizer = lora.load(stories, quantize="nf4", dtype="bfloat16", device="cuda")
+        lora.wrap(model, r=4)
+        config = lora.TrainConfig(max_steps=steps, batch=4, progress=False, pack=pack, max_length=64, learn="all")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            with warnings.catch_warnings(record=True) as seen:
+                warnings.simplefilter("always")
+                lora.fit(model, tokenizer, rows, config=config)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        waits.append(sum("synchronizing CUDA operation" in str(w.message) for w in seen))
+    assert waits[1] - waits[0] <= 20
