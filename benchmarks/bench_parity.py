@@ -14,6 +14,7 @@ usage: python benchmarks/bench_parity.py TEXT [--model PATH] [--steps 200] [--ou
 import argparse
 import copy
 import json
+import statistics
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,6 +40,7 @@ SMOLLM2 = LlamaConfig(
 )  # fmt: skip
 CUDA = torch.device("cuda")
 PROBES = 16  # batches whose gradients are compared
+SHOWN = 6  # tensors of each path, those with the largest errors
 
 
 def batches(ids: list[int], steps: int, rows: int, length: int, seed: int) -> list[Batch]:
@@ -92,24 +94,52 @@ def gradients(model: Llama, batch: Batch, fused: bool) -> dict[str, Tensor]:
     return {n: p.grad.double() for n, p in model.named_parameters() if p.grad is not None}
 
 
-def errors(model: Llama, data: list[Batch]) -> dict[str, float]:
-    """Relative errors against float64 of all gradients together, over several batches: on one, chance decides."""
+def errors(model: Llama, data: list[Batch]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Relative errors against float64 of all gradients together, over several batches: on one, chance decides.
+
+    And a row for each of the tensors that the sum goes by: its share of all gradients' square and of each path's error,
+    and its own relative error by each path.
+    """
     wide, low = copy.deepcopy(model).double(), copy.deepcopy(model)
-    above: dict[str, dict[str, float]] = {"plain": {}, "fused": {}}  # squared errors of each tensor
-    size = 0.0
+    squares: dict[str, dict[str, float]] = {"truth": {}, "plain": {}, "fused": {}}  # of each tensor, or of its error
     for batch in data:
         truth = gradients(wide, batch, fused=False)
-        size += sum(float(t.square().sum()) for t in truth.values())
+        add(squares["truth"], truth)
         for name, fused in (("plain", False), ("fused", True)):
-            for n, g in gradients(low, batch, fused).items():
-                above[name][n] = above[name].get(n, 0.0) + float((g - truth[n]).square().sum())
-    plain, fast = (sum(errors.values()) for errors in above.values())
-    ratios = sorted((above["fused"][n] / e) ** 0.5 for n, e in above["plain"].items() if e)
-    return {
+            add(squares[name], {n: g - truth[n] for n, g in gradients(low, batch, fused).items()})
+    size, plain, fast = (sum(each.values()) for each in squares.values())
+    own = {
+        name: {n: (e / squares["truth"][n]) ** 0.5 for n, e in squares[name].items() if squares["truth"][n]}
+        for name in ("plain", "fused")
+    }
+    ratios = sorted((squares["fused"][n] / e) ** 0.5 for n, e in squares["plain"].items() if e)
+    found = {
         "plain": (plain / size) ** 0.5, "fused": (fast / size) ** 0.5, "ratio": (fast / plain) ** 0.5,
+        "plain_median": statistics.median(own["plain"].values()),
+        "fused_median": statistics.median(own["fused"].values()),
         "ratio_median": ratios[len(ratios) // 2], "ratio_worst": ratios[-1], "tensors": len(ratios),
         "batches": len(data),
     }  # fmt: skip
+    first = dict.fromkeys(
+        n
+        for name in ("plain", "fused")
+        for n in sorted(squares[name], key=squares[name].__getitem__)[: -SHOWN - 1 : -1]
+    )
+    rows = [
+        {
+            "tensor": n, "of_gradients": squares["truth"][n] / size, "of_plain_error": squares["plain"][n] / plain,
+            "of_fused_error": squares["fused"][n] / fast, "plain": own["plain"].get(n, 0.0),
+            "fused": own["fused"].get(n, 0.0),
+        }
+        for n in first
+    ]  # fmt: skip
+    return found, rows
+
+
+def add(sums: dict[str, float], tensors: dict[str, Tensor]) -> None:
+    """Squared lengths of tensors to their sums."""
+    for n, t in tensors.items():
+        sums[n] = sums.get(n, 0.0) + float(t.square().sum())
 
 
 def start(args: argparse.Namespace, text: str) -> tuple[Llama, list[int], str]:
@@ -153,6 +183,7 @@ def main() -> None:
     lora.wrap(dense, r=16)
     curves: dict[str, list[float]] = {}
     found: dict[str, Any] = {}
+    tensors: dict[str, list[dict[str, Any]]] = {}
     for name, dtype, fused in (
         ("float32, plain", torch.float32, False),
         ("bfloat16, plain", torch.bfloat16, False),
@@ -160,10 +191,10 @@ def main() -> None:
     ):
         model = lowered(copy.deepcopy(dense), dtype).train()
         if fused:
-            found["gradients before"] = errors(model, data[:PROBES])
+            found["gradients before"], tensors["before"] = errors(model, data[:PROBES])
         curves[name] = train(model, data, args.lr, fused)
         if fused:
-            found["gradients after"] = errors(model, data[-PROBES:])
+            found["gradients after"], tensors["after"] = errors(model, data[-PROBES:])
         print(f"{name}: loss {curves[name][0]:.4f} to {sum(curves[name][-10:]) / 10:.4f}", flush=True)
     truth, plain, fast = (torch.tensor(c, dtype=torch.float64) for c in curves.values())
     for name, a, b in (
@@ -175,13 +206,20 @@ def main() -> None:
         found[name] = {"mean": float(d.mean()), "largest": float(d.max()), "bias": float((a - b).mean())}
     for key, value in found.items():
         print(f"{key:18s}", "  ".join(f"{k} {v:.3g}" for k, v in value.items()), flush=True)
+    for when, rows in tensors.items():
+        print(
+            f"largest errors of gradients {when}: share of all gradients, of each path's error; own error", flush=True
+        )
+        for row in rows:
+            print("  ".join(v if isinstance(v, str) else f"{k} {v:.3g}" for k, v in row.items()), flush=True)
     document = {
         "bench": "parity", "device": device_name(), "torch": torch.__version__, "model": what, "steps": args.steps,
-        "batch": args.batch, "length": args.length, "lr": args.lr, "found": found, "curves": curves,
+        "batch": args.batch, "length": args.length, "lr": args.lr, "found": found, "tensors": tensors,
+        "curves": curves,
     }  # fmt: skip
     (args.out / "parity-gpu.json").write_text(json.dumps(document) + "\n")
     write_curves(args.out / "parity-gpu.png", curves)
-    print(json.dumps({k: v for k, v in document.items() if k != "curves"}))
+    print(json.dumps({k: v for k, v in document.items() if k not in ("curves", "tensors")}))
 
 
 def lowered(model: Llama, dtype: torch.dtype) -> Llama:

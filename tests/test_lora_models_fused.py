@@ -8,6 +8,7 @@ from lora.kernels.dropout import Drop, keep_mask
 from lora.layer import ByRow, adapted
 from lora.models import fused, llama
 from lora.models.budget import parse_bytes
+from lora.models.documents import Documents
 from lora.models.gemma import Gemma2Config, Gemma3Config
 from lora.models.llama import LlamaConfig
 from lora.models.mistral import MistralConfig
@@ -62,9 +63,11 @@ def specs_of(model: llama.Llama, ids: torch.Tensor) -> list[fused.Spec] | None:
     return fused.specs_of(model, x, turns, {None: None}, model.keeping)
 
 
-def gradients(model: llama.Llama, ids: torch.Tensor, dy: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def gradients(
+    model: llama.Llama, ids: torch.Tensor, dy: torch.Tensor, documents: Documents | None = None
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     model.zero_grad()
-    h = model.hidden(ids)
+    h = model.hidden(ids, documents=documents)
     h.backward(dy)
     return h.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
@@ -160,6 +163,58 @@ def test_other_families_equal_the_plain_path(name: str, keep: str, on_cpu: pytes
     torch.testing.assert_close(h1, h0, rtol=1e-5, atol=2e-5)
     for name in want:
         torch.testing.assert_close(got[name], want[name], rtol=1e-4, atol=3e-5 * float(want[name].abs().max()) + 1e-6)
+
+
+@pytest.mark.parametrize("keep", fused.KEEPS)
+@pytest.mark.parametrize("windows", [(), (7, None, 7)])
+def test_packed_rows_equal_the_plain_path(
+    keep: str, windows: tuple[int | None, ...], on_cpu: pytest.MonkeyPatch
+) -> None:
+    """Documents of several lengths, in each row others: none sees another, by either path."""
+    torch.manual_seed(0)
+    model = MistralConfig(**SIZES, windows=windows).build().requires_grad_(False)
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    lora.wrap(lora.quantize(model, "nf4"), r=5, alpha=7)
+    for p in model.parameters():
+        if p.requires_grad:
+            torch.nn.init.normal_(p, std=0.1)
+    ids, dy = torch.randint(0, 97, (2, 33)), torch.randn(2, 33, 64)
+    documents = Documents(((20, 1, 12), (5, 28)))
+    on_cpu.setattr(llama, "FUSED", set())
+    h0, want = gradients(model, ids, dy, documents)
+    on_cpu.setattr(llama, "FUSED", {"cpu"})
+    model.keeping.keep = keep
+    h1, got = gradients(model, ids, dy, documents)
+    assert model.keeping.said.startswith("3 blocks run fused") and want.keys() == got.keys()
+    assert not torch.allclose(h0, gradients(model, ids, dy)[0], atol=1e-2)  # alone they see less
+    torch.testing.assert_close(h1, h0, rtol=1e-5, atol=2e-5)
+    for name in want:
+        torch.testing.assert_close(got[name], want[name], rtol=1e-4, atol=3e-5 * float(want[name].abs().max()) + 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("keep", "again"),
+    [("all", ""), ("no_gate", "gate"), ("host", "gate"), ("input", "qkv o gate"), ("input_host", "qkv o gate")],
+)
+def test_the_backward_makes_no_product_that_it_does_not_need(keep: str, again: str, on_cpu: pytest.MonkeyPatch) -> None:
+    """W_d's output is in no gradient, and W_o's is in s, which is made again only where nothing but x was kept."""
+    model = lora.wrap(lora.quantize(small(), "nf4"), r=4)
+    model.keeping.keep = keep
+    made: list[int] = []
+    product = fused._product
+
+    def counted(spec: fused.Spec, which: int, *args: object, **kwargs: object):
+        made.append(which)
+        return product(spec, which, *args, **kwargs)
+
+    on_cpu.setattr(fused, "_product", counted)
+    h = model.hidden(torch.randint(0, 97, (1, 20)))
+    assert sorted(made) == 3 * [fused.QKV] + 3 * [fused.O] + 3 * [fused.GATE] + 3 * [fused.DOWN]
+    made.clear()
+    h.sum().backward()
+    names = {"qkv": fused.QKV, "o": fused.O, "gate": fused.GATE}
+    assert made == 3 * [names[name] for name in again.split()]
 
 
 @pytest.mark.parametrize(

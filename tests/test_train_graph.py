@@ -1,10 +1,13 @@
 """Recorded batches: the same losses and gradients as without a graph, for every batch of a shape."""
 
+import warnings
+from pathlib import Path
+
 import pytest
 import torch
 
 import lora
-from lora.batch import Batch, Example, collate
+from lora.batch import Batch, Example, Pack, collate
 from lora.eval.nll import token_nll
 from lora.kernels.scratch import mine
 from lora.models.fused import KEEPS
@@ -38,6 +41,16 @@ def batch(seed: int, rows: int = 3, length: int = 20, learned: int = 9) -> Batch
     ids = torch.randint(0, 97, (rows, length), generator=g).tolist()
     marks = tuple(i >= length - learned + seed % 3 for i in range(length))
     return collate([Example(tuple(row), marks, i) for i, row in enumerate(ids)]).to(DEVICE)
+
+
+def packed_batch(seed: int, rows: int = 3, size: int = 40) -> Batch:
+    """Rows of three texts each, of other lengths for each seed."""
+    g = torch.Generator().manual_seed(seed)
+    packs = []
+    for i in range(rows):
+        ids = [torch.randint(0, 97, (n,), generator=g).tolist() for n in (5 + seed, 12, 20 - seed)]
+        packs.append(Pack(tuple(Example(tuple(x), (True,) * len(x), 3 * i + j) for j, x in enumerate(ids)), size))
+    return collate(packs).to(DEVICE)
 
 
 def plain(model, b: Batch, n: int) -> tuple[float, dict[str, torch.Tensor]]:
@@ -124,14 +137,14 @@ def test_a_run_with_graphs_equals_one_without(stories, monkeypatch: pytest.Monke
 
 @on_gpu
 @pytest.mark.parametrize("keep", [None, "host", "input_host"])
-@pytest.mark.parametrize("record", [True, False])
+@pytest.mark.parametrize(("record", "packed"), [(True, False), (False, False), (False, True)])
 def test_no_step_waits_for_the_gpu_and_memory_does_not_grow(
-    record: bool, keep: str | None, monkeypatch: pytest.MonkeyPatch
+    record: bool, packed: bool, keep: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("lora.train.graph.RECORD", record)
     model = small(keep)
     optimizer, graphs = AdamW([p for p in model.parameters() if p.requires_grad]), Graphs(model)
-    batches = [batch(seed) for seed in range(6)]
+    batches = [packed_batch(seed) if packed else batch(seed) for seed in range(6)]
 
     def step(b: Batch) -> None:
         graphs.run(b, b.target.numel())
@@ -149,3 +162,25 @@ def test_no_step_waits_for_the_gpu_and_memory_does_not_grow(
         assert (torch.cuda.memory_allocated(), torch.cuda.memory_reserved()) == before
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@on_gpu
+@pytest.mark.parametrize("pack", [False, True])
+def test_a_step_of_a_run_waits_once(pack: bool, stories: Path) -> None:
+    """For loss, norm and hits, which decide whether the step is taken; PyTorch warns of each wait."""
+    words = ["the", "cat", "sat", "on", "a", "mat", "and", "Lily", "played", "outside"]
+    rows = [{"prompt": "", "completion": " ".join(words[: 2 + i % 8])} for i in range(64)]
+    waits = []
+    for steps in (5, 25):
+        model, tokenizer = lora.load(stories, quantize="nf4", dtype="bfloat16", device="cuda")
+        lora.wrap(model, r=4)
+        config = lora.TrainConfig(max_steps=steps, batch=4, progress=False, pack=pack, max_length=64, learn="all")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            with warnings.catch_warnings(record=True) as seen:
+                warnings.simplefilter("always")
+                lora.fit(model, tokenizer, rows, config=config)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        waits.append(sum("synchronizing CUDA operation" in str(w.message) for w in seen))
+    assert waits[1] - waits[0] <= 20

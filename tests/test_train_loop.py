@@ -14,9 +14,11 @@ from safetensors.torch import load_file
 from torch import nn
 
 import lora
+from lora.models import llama
 from lora.models.llama import Llama
 from lora.models.tokenizer import Tokenizer
 from lora.render import render
+from lora.train.loop import keep_within
 
 Loaded = tuple[Llama, Tokenizer]
 TRAIN_NAMES = {"loss", "grad_norm", "learning_rate", "mean_token_accuracy", "num_tokens", "epoch", "step"}
@@ -323,3 +325,31 @@ def test_8_bits_are_refused_where_no_gpu_is(stories: Path) -> None:
         lora.fit(*fresh(stories), rows(), config=quiet(compute="fp8"))
     with pytest.raises(ValueError, match="compute='int8'"):
         quiet(compute="int8")
+
+
+def test_a_budget_is_for_a_gpu(stories: Path, tmp_path: Path) -> None:
+    model, tokenizer = fresh(stories)
+    with pytest.raises(ValueError, match="budget='8GiB' is what tensors may take on a GPU, and the model is on cpu"):
+        lora.fit(model, tokenizer, rows(), config=quiet(max_steps=1, budget="8GiB", out=str(tmp_path / "run")))
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(ValueError, match="is kept by the Llama family's blocks, and this is Linear"):
+        keep_within(nn.Linear(2, 2), quiet(budget="8GiB"))
+
+
+def test_an_earlier_run_leaves_no_budget_behind(stories: Path) -> None:
+    """Nor what its blocks kept: that went with its budget and its adapter."""
+    model, tokenizer = fresh(stories)
+    model.keeping.budget, model.keeping.chosen = 2**30, (8192, ["host"] * 5)
+    lora.fit(model, tokenizer, rows(), config=quiet(max_steps=1))
+    assert model.keeping.budget is None and model.keeping.chosen == (0, [])
+
+
+def test_blocks_run_fused_without_a_flag_and_say_so_once(
+    stories: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(llama, "FUSED", {"cpu"})
+    model, tokenizer = fresh(stories, "nf4")
+    assert lora.TrainConfig().compute == "bf16"
+    lora.fit(model, tokenizer, rows(), config=quiet(max_steps=3, progress=True))
+    said = "5 blocks run fused, all kept; the frozen base: its products in float32"
+    assert capsys.readouterr().err.count(said) == 1

@@ -184,12 +184,16 @@ def keep_within(model: nn.Module, config: TrainConfig) -> None:
 
     Raises ValueError where that cannot be had.
     """
-    if config.budget and isinstance(model, Llama):
-        model.keeping.budget = parse_bytes(config.budget)
-    elif config.budget:
+    device = next(model.parameters()).device
+    if config.budget and not isinstance(model, Llama):
         raise ValueError(
             f"budget={config.budget!r} is kept by the Llama family's blocks, and this is {type(model).__name__}"
         )
+    if config.budget and device.type != "cuda":
+        raise ValueError(f"budget={config.budget!r} is what tensors may take on a GPU, and the model is on {device}")
+    if isinstance(model, Llama):
+        model.keeping.budget = parse_bytes(config.budget) if config.budget else None
+        model.keeping.chosen = 0, []  # by an earlier run's budget and adapter
     _choose_compute(model, config.compute)
 
 

@@ -248,11 +248,14 @@ def _plan_arguments() -> ArgumentParser:
 
 
 def _plan(a: Namespace) -> None:
+    from rich.console import Console
+
     solve = [part.strip() for part in a.solve.split(",") if part.strip()]
     same = {key: a[key] for key in ("method", "learned", "pack", "recompute", "optim_bits", "dtype", "device", "card")}
-    made = lora.plan(
-        a.model, a.batch, a.length, a.lora.r, budget=a.budget, targets=a.lora.targets, solve=solve, **same
-    )  # fmt: skip
+    with Console(stderr=True).status("planning; a step for a CPU is run dry, without memory, which takes a minute"):
+        made = lora.plan(
+            a.model, a.batch, a.length, a.lora.r, budget=a.budget, targets=a.lora.targets, solve=solve, **same
+        )  # fmt: skip
     print(json.dumps(made.to_json()) if a.json else made)
 
 

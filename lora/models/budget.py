@@ -300,7 +300,10 @@ class Keeping:
         return self.chosen[1]
 
     def within(self, w: Widths, tokens: int, x: Tensor) -> list[str]:
-        """What each block keeps in the memory that is free now, within the budget."""
+        """What each block keeps in the memory that is free now, within the budget.
+
+        Raises RuntimeError where a step does not fit into the budget even with each block's input on the host.
+        """
         device, itemsize = x.device, x.element_size()
         # buffers of smaller steps are written over, and x is a block's state already; cuBLAS' come with a product, and
         # once more with a graph
@@ -310,6 +313,12 @@ class Keeping:
         keep = keep_on_gpu(
             w, tokens, itemsize, free, room=room, host=None if host is None else host + self.host.nbytes()
         )
+        over = account(w, keep, tokens, itemsize, learned=1).total - free  # with as few logits as can be
+        if over > 0 and self.budget is not None and free < room:
+            raise RuntimeError(
+                f"a step over {tokens:,} tokens takes at least {(self.budget + over) / 2**30:.2f} GiB, and the budget "
+                f"is {self.budget / 2**30:.2f}; take a smaller batch, shorter rows or a larger budget"
+            )
         # in 8 bits a block is made again sooner than all its states cross PCIe: 450 ms a step instead of 590
         return ["input_host" if self.compute == "fp8" and word == "host" else word for word in keep]
 
