@@ -395,8 +395,8 @@ def test_evaluations_that_take_longer_than_the_steps_and_rows_of_padding_are_not
     with pytest.warns(
         UserWarning, match=r"an evaluation reads [\d,]+ tokens, and .*validation rows than 40, or a larg"
     ):
-        lora.fit(model, tokenizer, many, many, quiet(max_steps=2, batch=2, eval_every=1))
-    lora.fit(model, tokenizer, many, many, quiet(max_steps=12, batch=8))  # no warning, which would be an error
+        lora.fit(model, tokenizer, many, many, quiet(max_steps=2, batch=8, eval_every=1, lr=1e-4))
+    lora.fit(model, tokenizer, many, many, quiet(max_steps=6, batch=8, lr=1e-4))  # no warning, which would be an error
     with pytest.warns(UserWarning, match=r"packed rows of 4,096 tokens are \d+% full, and the padding is computed too"):
         lora.fit(model, tokenizer, rows(3), config=quiet(max_steps=1, pack=True, max_length=4096, batch=1))
 
