@@ -235,6 +235,12 @@ def test_a_flag_by_another_name_is_told_ours(given: list[str], said: str, capsys
     assert e.value.code == 2 and err.count("\n") == 1 and err.startswith("lora: error: ") and said in err
 
 
+def test_what_is_missing_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["sweep", "--model", "x"])
+    assert "lora: error: lora sweep needs data, out, lr; see" in capsys.readouterr().err
+
+
 def test_every_name_of_others_leads_to_a_setting() -> None:
     known = {word for action in TRAINING["train"][0]()._actions for word in action.option_strings}
     assert not [name for name, ours in _ELSEWHERE.items() if f"--{ours}" not in known or f"--{name}" in known]

@@ -3,7 +3,7 @@
 import math
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -103,9 +103,13 @@ class Divergence:
         if self.strikes >= STRIKES:
             raise RuntimeError(self.sentence(step, loss, lr))
 
-    def end(self, step: int, loss: float, lr: float) -> None:
-        """Raises RuntimeError where the run was too short for as many strikes, and had no good step but its first."""
-        if step > 1 and self.strikes == step - 1:
+    def end(self, step: int, loss: float, lr: float, first: Callable[[], float]) -> None:
+        """Raises RuntimeError where the run was too short for as many strikes, and had no good step but its first.
+
+        `first` measures the rows of the first step once more: where they are still better than a guess, those of the
+        others were hard.
+        """
+        if step > 1 and self.strikes == step - 1 and not first() <= self.limit:
             raise RuntimeError(self.sentence(step, loss, lr))
 
     def sentence(self, step: int, loss: float, lr: float) -> str:

@@ -18,14 +18,14 @@ from torch import Tensor, nn
 
 from lora.batch import Pack
 from lora.eval.evaluate import Result, evaluate
-from lora.eval.nll import row_nll
+from lora.eval.nll import row_nll, token_nll
 from lora.files import write_text
 from lora.models.llama import Llama
 from lora.models.tokenizer import Tokenizer
 from lora.render import Batch, Example, collate
 from lora.rows import Row
 from lora.train.batches import endless, longest
-from lora.train.checkpoint import Progress, prune, random_states, save_checkpoint, set_random_states
+from lora.train.checkpoint import Progress, checkpoints, prune, random_states, save_checkpoint, set_random_states
 from lora.train.config import TrainConfig
 from lora.train.graph import Graphs
 from lora.train.guard import Divergence, Interrupted, LossScale, Signals, Stopped, not_finite
@@ -132,7 +132,7 @@ class Steps:
                 if self.signals.got is not None:
                     raise self._leave(log, write)
         if entry:
-            self.divergence.end(entry["step"], entry["loss"], entry["learning_rate"])
+            self.divergence.end(entry["step"], entry["loss"], entry["learning_rate"], self._first_again)
 
     def _take_up(self) -> None:
         """Takes what a checkpoint knows into the watchers."""
@@ -141,10 +141,21 @@ class Steps:
         if p.step:
             self.scale.value, self.scale.good = p.scale, p.good
 
+    @torch.no_grad()
+    def _first_again(self) -> float:
+        """The loss that the rows of the first step have now."""
+        _, group = next(endless(self.examples, self.config.batch, self.config.accumulate, self.config.seed))
+        self.model.eval()
+        parts = [token_nll(self.model, collate(part, PAD).to(self.device))[0].double() for part in group]
+        return torch.cat(parts).mean().item()
+
     def _leave(self, log: Log, write: bool) -> Interrupted:
         """Saves where the run stands; returns what to raise."""
-        saved = self.checkpoint(log) if write else None
-        return Interrupted(self.signals.got or signal.SIGINT, self.progress.step, saved)
+        saved, left = self.checkpoint(log) if write else None, "nothing was written"
+        older = checkpoints(self.folder) if self.folder and not saved else []
+        if older:
+            left = f"its loss was no better than a guess, and {older[-1]} stays; go on with --resume {self.out}"
+        return Interrupted(self.signals.got or signal.SIGINT, self.progress.step, saved, left)
 
     # ---- one step ----
     def step(self, group: Sequence[Sequence[Example | Pack]]) -> dict[str, Any] | None:

@@ -54,6 +54,9 @@ def _sentence(message: str, known: list[str]) -> str:
         here = f"--{_ELSEWHERE.get(word, '')}"
         near = [here] if here in known else difflib.get_close_matches(f"--{word}", known, n=1, cutoff=0.7)
         return f"{unknown[1]} is not known" + (f", and {near[0]} is" if near else "")
+    missing = re.match(r"the following arguments are required: (\w+)\.(.*)", message)
+    if missing:
+        return f"lora {missing[1]} needs {missing[2].replace(f'{missing[1]}.', '')}"
     key, value = re.search(r'Parser key "([^"]+)"', message), re.search(r"(?:Given|Got) value: (.*)", message)
     kinds = re.findall(r"Expected a <class '(\w+)'>", message)
     if key and value and kinds:
