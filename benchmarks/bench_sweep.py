@@ -99,7 +99,9 @@ def commands(args: argparse.Namespace, tokenizer: Tokenizer, rows: list[dict[str
             line += ["--data", str(folder / "rows.jsonl"), "--out", str(folder / out), "--batch", str(args.batch)]
             line += ["--max_steps", str(args.commands), "--progress", "false", *more]
             start = time.perf_counter()
-            subprocess.run(line, check=True, capture_output=True)
+            done = subprocess.run(line, capture_output=True, text=True)
+            if done.returncode:
+                raise RuntimeError(f"lora {word} ended with {done.returncode}:\n{done.stderr[-2000:]}")
             return time.perf_counter() - start
 
         rates = [f"{1e-4 * (1 + i):g}" for i in range(args.members)]

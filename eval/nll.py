@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lora.kernels.cross_entropy import linear_cross_entropy
 from lora.models.base import CausalLM, refuse_encoder
 from lora.render import Batch, Example, collate
+from lora.tokens import lengths_of
 
 
 def token_nll(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -44,7 +45,8 @@ def row_nll(model: nn.Module, examples: Sequence[Example], batch: int = 16) -> t
     total = torch.zeros(len(examples), dtype=torch.float64)
     count = torch.zeros(len(examples), dtype=torch.int64)
     hits = torch.zeros(len(examples), dtype=torch.int64)
-    order = sorted(range(len(examples)), key=lambda i: len(examples[i].ids))
+    lengths = lengths_of(examples)
+    order = sorted(range(len(examples)), key=lengths.__getitem__)
     was_training = model.training
     model.eval()
     try:

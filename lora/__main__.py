@@ -9,10 +9,9 @@ import traceback
 import warnings
 from collections.abc import Sequence
 
-from jsonargparse import ArgumentParser
-
 import lora
 from lora.commands import models, training
+from lora.commands.flags import ArgumentParser
 
 COMMANDS = training.COMMANDS | models.COMMANDS
 

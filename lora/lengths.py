@@ -102,6 +102,8 @@ class LengthReport:
         return {f"{100 * q:g} %": order[round(q * (len(order) - 1))] for q in _QUANTILES} if order else {}
 
     def __str__(self) -> str:
+        if not self.lengths:
+            return f"no row came to be counted in tokens; limit {self.limit:,}"
         spread = ", ".join(f"{name} {n:,}" for name, n in self.quantiles().items())
         share = self.learned / max(1, sum(self.lengths))
         lines = [

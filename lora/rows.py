@@ -11,6 +11,7 @@ Beside messages may stand "tools" and "documents", lists of objects for the chat
 hold "tool_calls", and then leave out its content.
 """
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, overload
@@ -50,7 +51,7 @@ def read_rows(data: Data, columns: Mapping[str, str] | None = None) -> "Rows":
     Raises FileNotFoundError, or ValueError naming the line: malformed JSON, no rows, a row of no kind or of another
     than the first, a text that is none, an empty completion.
     """
-    return data if isinstance(data, Rows) and not columns else Rows(data, columns)
+    return data if isinstance(data, Rows) and data.columns == dict(columns or data.columns) else Rows(data, columns)
 
 
 class Rows(Sequence[Row]):
@@ -58,9 +59,12 @@ class Rows(Sequence[Row]):
 
     def __init__(self, data: Data, columns: Mapping[str, str] | None = None) -> None:
         known = sorted({part for parts in KINDS.values() for part in parts} | set(_OPTIONAL))
-        for ours in columns or {}:
+        for ours, theirs in (columns or {}).items():
             if ours not in known:
-                raise ValueError(f"columns names {ours!r}, which is no part of a row; parts are {', '.join(known)}")
+                right = f'; write {{"{theirs}": "{ours}"}}' if theirs in known else ""
+                raise ValueError(
+                    f"columns names {ours!r}, which is no part of a row; parts are {', '.join(known)}{right}"
+                )
         self.columns = dict(columns or {})
         self.source, self.kind = open_source(data), ""
         for i, raw in enumerate(self.source.scan()):
@@ -125,9 +129,19 @@ def _recognised(where: str, row: Row) -> str:
     if kind is None:
         kinds = "; ".join(f"{', '.join(parts)} ({k})" if k not in parts else k for k, parts in KINDS.items())
         raise ValueError(
-            f"{where} has {sorted(row)}, and a row is known by: {kinds}; columns can say which of yours is which"
+            f"{where} has {sorted(row)}, and a row is known by: {kinds}; columns can say which of yours is which, "
+            f"as in {_columns_like(row)}"
         )
     return kind
+
+
+def _columns_like(row: Row) -> str:
+    """How `columns` would be written for such a row: its first text as prompt, its last as completion."""
+    texts = [str(key) for key, value in row.items() if isinstance(value, str)]
+    if len(texts) == 1:
+        return json.dumps({"text": texts[0]}, ensure_ascii=False)
+    prompt, completion = (texts[0], texts[-1]) if texts else ("question", "answer")
+    return json.dumps({"prompt": prompt, "completion": completion}, ensure_ascii=False)
 
 
 def _has(where: str, row: Row, kind: str, first: str) -> None:

@@ -119,6 +119,7 @@ def test_no_row_left_is_an_error(small: Tokenizer) -> None:
 
 
 def test_quantiles_are_lengths_of_rows() -> None:
+    assert str(LengthReport(100, "error")) == "no row came to be counted in tokens; limit 100"
     report = LengthReport(100, "error")
     for n in (5, 1, 9, 7, 3):
         report.add("row", Example((1,) * n, (True,) * n, 0))

@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import re
 import sys
 import tracemalloc
 from pathlib import Path
@@ -160,6 +161,13 @@ def test_a_row_of_no_kind_is_told_the_kinds() -> None:
         ValueError, match=r"row 0 has \['a', 'q'\], and a row is known by: messages; conversations \(Sha"
     ):
         read_rows([{"q": "1", "a": "2"}])
+    for row, said in (
+        ({"q": "1", "n": 3, "a": "2"}, 'as in {"prompt": "q", "completion": "a"}'),
+        ({"story": "1"}, 'as in {"text": "story"}'),
+        ({"n": 3}, 'as in {"prompt": "question", "completion": "answer"}'),
+    ):
+        with pytest.raises(ValueError, match=re.escape(said) + "$"):
+            read_rows([row])
 
 
 def test_columns_say_what_the_data_calls_its_parts() -> None:
@@ -171,6 +179,10 @@ def test_columns_say_what_the_data_calls_its_parts() -> None:
         read_rows(data, {"prompt": "questoin"})
     with pytest.raises(ValueError, match="columns names 'promt', which is no part of a row"):
         read_rows(data, {"promt": "question"})
+    with pytest.raises(ValueError, match=r"columns names 'question', .*; write {\"prompt\": \"question\"}$"):
+        read_rows(data, {"question": "prompt"})
+    again = read_rows(rows, {"prompt": "question", "completion": "answer"})
+    assert again is rows and read_rows(rows) is rows  # rows that were read are not read again
 
 
 # ---- files ----

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from lora.__main__ import main
+from lora.commands.flags import _ELSEWHERE
+from lora.commands.training import COMMANDS as TRAINING
 
 COMMANDS = ("demo", "train", "eval", "generate", "quantize", "merge")
 DEFAULTS = {
@@ -211,3 +213,34 @@ def test_an_unknown_flag_exits_with_2(capsys: pytest.CaptureFixture[str]) -> Non
     with pytest.raises(SystemExit) as e:
         main(["generate", "--modle", "x"])
     assert e.value.code == 2
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["--learning_rate", "1e-4"], "--learning_rate is not known, and --lr is; see lora train --help"),
+        (["--lora_alpha=8"], "--lora_alpha is not known, and --lora.alpha is"),
+        (["--per-device-train-batch-size", "4"], "--per-device-train-batch-size is not known, and --batch is"),
+        (["--save-every", "4"], "--save-every is not known, and --save_every is"),
+        (["--bogus", "4"], "--bogus is not known; see"),
+        (["--lr", "fast"], "--lr fast: float or null was expected; see"),
+        (["--batch", "2.5"], "--batch 2.5: int was expected; see"),
+        (["--method", "qlra"], "invalid choice: 'qlra' (choose from"),
+    ],
+)
+def test_a_flag_by_another_name_is_told_ours(given: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as e:
+        main(["train", "--model", "x", *given])
+    err = capsys.readouterr().err
+    assert e.value.code == 2 and err.count("\n") == 1 and err.startswith("lora: error: ") and said in err
+
+
+def test_what_is_missing_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["sweep", "--model", "x"])
+    assert "lora: error: lora sweep needs data, out, lr; see" in capsys.readouterr().err
+
+
+def test_every_name_of_others_leads_to_a_setting() -> None:
+    known = {word for action in TRAINING["train"][0]()._actions for word in action.option_strings}
+    assert not [name for name, ours in _ELSEWHERE.items() if f"--{ours}" not in known or f"--{name}" in known]

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -29,9 +30,9 @@ def test_a_terminated_command_saves_exits_with_143_and_goes_on(
     given = words(stories, tmp_path, "--lora.dropout", "0.1", "--method", "lora")
     assert main([*given, "--out", str(tmp_path / "whole")]) == 0
     slow = (
-        "import sys, time; from lora.train.steps import Steps; plain = Steps.step\n"
-        "def step(*a):\n    time.sleep(0.5)\n    return plain(*a)\n"
-        "Steps.step = step\nfrom lora.__main__ import main\nsys.exit(main(sys.argv[1:]))"
+        "import sys, time; from lora.train.steps import Steps; plain = Steps.take\n"
+        "def take(*a):\n    time.sleep(0.5)\n    return plain(*a)\n"
+        "Steps.take = take\nfrom lora.__main__ import main\nsys.exit(main(sys.argv[1:]))"
     )
     # as many threads as here: their number is part of what makes the bits
     env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": str(torch.get_num_threads())}
@@ -91,3 +92,51 @@ def test_a_call_that_cannot_work_is_refused(given: list[str], message: str, caps
     assert main(given) == 2
     error = capsys.readouterr().err
     assert message in error and "Traceback" not in error
+
+
+@pytest.mark.parametrize("name", ["tensorboard", "wandb"])
+def test_a_run_is_logged_elsewhere_too(
+    name: str, stories: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Stand-ins for the two packages; like the real ones they write into the run's folder as soon as they are made."""
+    got: list[tuple[str, int, float]] = []
+    ended: list[int] = []
+
+    class Writer:
+        def __init__(self, folder: str) -> None:
+            Path(folder).mkdir(parents=True)
+
+        def add_scalar(self, key: str, value: float, step: int) -> None:
+            got.append((key, step, value))
+
+        def log(self, entry: dict[str, float], step: int) -> None:
+            got.extend((key, step, value) for key, value in entry.items())
+
+        def close(self) -> None:
+            ended.append(1)
+
+        finish = close
+
+    def init(**given: str) -> Writer:
+        assert (given["project"], given["name"]) == ("lora", "run") and Path(given["dir"]).is_dir()
+        return Writer(f"{given['dir']}/wandb")
+
+    modules = {"torch.utils.tensorboard": {"SummaryWriter": Writer}, "wandb": {"init": init}}
+    for module, inside in modules.items():
+        monkeypatch.setitem(sys.modules, module, types.SimpleNamespace(**inside))
+    out = tmp_path / "run"
+    given = [*words(stories, tmp_path), "--out", str(out), "--log_to", name]
+    assert (
+        main([*given, "--max_length", "513"]) == 2 and not out.exists()
+    )  # a run that is refused leaves nothing behind
+    assert main(given) == 0 and (out / name).is_dir() and ended == [1]
+    losses = [json.loads(line)["loss"] for line in (out / "log.jsonl").read_text().splitlines() if '"loss"' in line]
+    assert [value for key, step, value in got if key == "loss"] == losses and len(losses) == 6
+
+
+def test_data_is_refused_before_a_model_is_loaded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a.jsonl").write_text('{"q": "1", "a": "2"}\n')
+    given = ["--model", str(tmp_path / "no model"), "--data", str(tmp_path / "a.jsonl"), "--out", str(tmp_path / "run")]
+    for command in (["train", *given], ["sweep", *given, "--lr", "1e-3"]):
+        assert main(command) == 2
+        assert 'as in {"prompt": "q", "completion": "a"}' in capsys.readouterr().err

@@ -121,6 +121,7 @@ REFUSED: dict[str, tuple[list[dict[str, Any]], dict[str, Any], str]] = {
     "too long": ([{"prompt": "a", "completion": " b" * 99}], {"max_length": 9}, "row 0 has .* limit is 9"),
     "mixed": ([{"prompt": "a", "completion": "b"}, {"text": "c"}], {}, "row 1 is a row of plain text, and row 0"),
     "no column": ([{"prompt": "a", "completion": "b"}], {"columns": {"prompt": "q"}}, "row 0 has no 'q'"),
+    "too far": ([{"text": "a"}], {"max_length": 513}, "max_length=513, and this model was built for rows of up to 512"),
     "masked": ([{"prompt": "a", "completion": ""}], {}, "row 0 has an empty completion"),
 }
 

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import signal
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ from tiny import give_tokenizer
 import lora
 from lora.models.llama import LlamaConfig
 from lora.models.tokenizer import Tokenizer
-from lora.train.guard import Divergence, LossScale
+from lora.train.guard import Divergence, Interrupted, LossScale
 from lora.train.log import Log
 from lora.train.schedule import learning_rate
 from lora.train.sinks import ready, tensorboard, wandb
@@ -70,6 +71,27 @@ def test_a_run_of_two_steps_that_diverges_says_so(stories: Path) -> None:
     model, tokenizer = fresh(stories)
     with pytest.raises(RuntimeError, match="step 2: .*diverged at learning rate"):
         lora.fit(model, tokenizer, DATA, config=quiet(lr=10.0, max_steps=2, schedule="constant", warmup=0.0))
+
+
+def test_a_run_of_two_steps_whose_second_has_hard_rows_did_not_diverge(stories: Path) -> None:
+    hard = [{"prompt": "a", "completion": "qzxj" * 9}] * 3  # worse than a guess for a model of stories
+    easy = [{"prompt": "Once upon a time, there was a little", "completion": " girl named Lily."}] * 3
+    model, tokenizer = fresh(stories)
+    run = lora.fit(model, tokenizer, [*easy, *hard], config=quiet(lr=1e-4, max_steps=2, seed=2))
+    first, second = (h["loss"] for h in run.history if "loss" in h)
+    assert first < math.log(512) < second, "the seed draws the hard rows first"
+
+
+def test_a_signal_on_a_step_whose_loss_is_no_good_names_the_checkpoint_before(stories: Path, tmp_path: Path) -> None:
+    model, tokenizer = fresh(stories)
+
+    def cut(entry: dict[str, Any]) -> None:
+        if entry["step"] == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    config = quiet(lr=10.0, schedule="constant", warmup=0.0, out=str(tmp_path / "run"))
+    with pytest.raises(Interrupted, match="no better than a guess, and .*step-00000000 stays; go on with --resume"):
+        lora.fit(model, tokenizer, DATA, config=config, sinks=[cut])
 
 
 def test_a_hard_batch_is_no_divergence() -> None:

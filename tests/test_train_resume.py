@@ -166,6 +166,58 @@ def test_a_signal_saves_and_leaves(number: int, code: int, stories: Path, tmp_pa
     assert fits[0].tokens == fits[1].tokens
 
 
+@pytest.mark.parametrize("step", [3, 6])
+def test_a_signal_within_an_evaluation_does_not_wait_for_its_end(step: int, stories: Path, tmp_path: Path) -> None:
+    """The evaluation is made up for by the run that goes on, which may be cut short within it again."""
+    held, more = DATA[:7], {"eval_generate": 2, "best": True, "patience": 9}
+    model, tokenizer = fresh(stories)
+    lora.fit(model, tokenizer, DATA, held, config(tmp_path / "whole", **more))
+    armed: list[int] = []  # filled when the step is logged, which is before its evaluation
+    batches: list[int] = []  # of the evaluation
+
+    def cut(settings: dict[str, Any]) -> None:
+        model, tokenizer = fresh(stories, seed=9 if "resume" in settings else 1)
+
+        def look(module: Any, args: Any) -> None:
+            if not module.training and armed:
+                batches.append(1)
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        model.model.embed_tokens.register_forward_pre_hook(look)
+        with pytest.raises(Interrupted, match=f"SIGTERM after step {step}: saved as .*step-0000000{step}"):
+            lora.fit(model, tokenizer, DATA, held, sinks=[lambda e: armed.append(1) if e["step"] == step else None],
+                     **settings)  # fmt: skip
+
+    cut({"config": config(tmp_path / "cut", **more)})
+    assert len(batches) == 1  # of four
+    assert json.loads((checkpoints(tmp_path / "cut/checkpoints")[-1] / "state.json").read_text())["progress"]["owed"]
+    cut({"resume": tmp_path / "cut"})
+    assert len(batches) == 2
+    model, tokenizer = fresh(stories, seed=9)
+    lora.fit(model, tokenizer, DATA, held, resume=tmp_path / "cut")
+    same(tmp_path / "whole", tmp_path / "cut")
+    assert (tmp_path / "whole/samples.jsonl").read_bytes() == (tmp_path / "cut/samples.jsonl").read_bytes()
+
+
+def test_a_signal_while_the_report_is_made_leaves_a_finished_run(stories: Path, tmp_path: Path) -> None:
+    model, tokenizer = fresh(stories)
+
+    def cut(module: Any, args: Any) -> None:
+        if (tmp_path / "run/adapter").is_dir():
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    model.model.embed_tokens.register_forward_pre_hook(cut)
+    with pytest.raises(
+        Interrupted, match="SIGTERM after step 6: the run had ended and .* is whole but for report.html"
+    ):
+        lora.fit(model, tokenizer, DATA, DATA[:3], config(tmp_path / "run"))
+    assert json.loads((tmp_path / "run/run.json").read_text())["finished"]
+    assert not (tmp_path / "run/report.html").exists()
+    model, tokenizer = fresh(stories)
+    lora.fit(model, tokenizer, DATA, DATA[:3], config(tmp_path / "whole"))
+    same(tmp_path / "whole", tmp_path / "run")
+
+
 def test_a_signal_within_an_accumulation_gives_it_up_and_nothing_else(stories: Path, tmp_path: Path) -> None:
     model, tokenizer = fresh(stories)
     lora.fit(model, tokenizer, DATA, None, config(tmp_path / "whole", eval_every=0))

@@ -154,6 +154,25 @@ def test_a_signal_ends_a_sweep_after_its_step_and_the_adapters_are_written(
         lora.attach(again, out / m.name / "adapter")
 
 
+def test_a_signal_while_a_sweep_is_evaluated_does_not_wait_for_its_end(stories: Path, tmp_path: Path) -> None:
+    model, tokenizer = lora.load(stories, device="cpu")
+    out, batches = tmp_path / "sweep", []
+
+    def cut(module: Any, args: Any) -> None:
+        if not module.training:
+            batches.append(1)
+            if len(batches) == 3:  # of two a member: one is measured, the second half so
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    model.model.embed_tokens.register_forward_pre_hook(cut)
+    with pytest.raises(Interrupted, match="SIGTERM after step 5: the adapters lie under"):
+        sweep(model, tokenizer, DATA, DATA[:3], members=MEMBERS, config=quiet(out=str(out)))
+    table = json.loads((out / "sweep.json").read_text())
+    assert len(batches) == 3 and not table["finished"]
+    assert sorted(x["eval_loss"] is None for x in table["members"]) == [False, True, True]
+    assert len(list(out.glob("*/adapter/adapter_model.safetensors"))) == 3
+
+
 def test_memory_that_runs_out_in_the_probe_says_what_to_do(stories: Path) -> None:
     model, tokenizer = lora.load(stories, device="cpu")
 

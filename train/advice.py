@@ -11,7 +11,10 @@ from torch import nn
 from lora.batch import Example, Pack
 from lora.layer import adapted, updates
 from lora.models.base import CausalLM
+from lora.tokens import lengths_of
+from lora.train.pack import Packs
 
+LONG_EVALUATION = 100_000  # tokens, below which nobody waits
 LARGE_BATCH = 32  # rows to a step beyond which an adapter falls behind full fine-tuning
 
 
@@ -43,10 +46,32 @@ def default_lr(model: nn.Module) -> float:
     return float(f"{full * (10 if method_of(model) == 'lora' else 1):.1e}")
 
 
-def warnings_for(model: nn.Module, examples: Sequence[Example | Pack], rows_a_step: int) -> list[str]:
-    """Sentences on an adapter too small for its data, and on batches that hurt it; none for full fine-tuning."""
-    if method_of(model) != "lora":
-        return []
+def warnings_for(
+    model: nn.Module, examples: Sequence[Example | Pack], rows_a_step: int, held_out: Sequence[Example], between: int
+) -> list[str]:
+    """Sentences on what makes a run worse or longer than it need be.
+
+    Of an adapter: too small for its data, batches that hurt it.  Of any run: evaluations on `held_out` that take longer
+    than the `between` steps from one to the next, packed rows that are mostly padding.
+    """
+    said = []
+    lengths = lengths_of(held_out)
+    trained_on = sum(lengths_of(examples)) * min(1.0, rows_a_step / len(examples)) * between
+    if sum(lengths) > max(LONG_EVALUATION, 3 * trained_on):  # a step costs three times its forward pass
+        said.append(
+            f"an evaluation reads {sum(lengths):,} tokens, and the steps from one to the next train on "
+            f"{trained_on:,.0f}: most of the time goes into evaluating; take fewer validation rows than "
+            f"{len(lengths):,}, or a larger eval_every"
+        )
+    if isinstance(examples, Packs) and examples.filled < 0.5:
+        said.append(
+            f"packed rows of {examples.size:,} tokens are {examples.filled:.0%} full, and the padding is computed too; "
+            "take a smaller max_length"
+        )
+    return said + (_of_adapters(model, examples, rows_a_step) if method_of(model) == "lora" else [])
+
+
+def _of_adapters(model: nn.Module, examples: Sequence[Example | Pack], rows_a_step: int) -> list[str]:
     said = []
     trained = [a for _, _, a in updates(model) if a.a.requires_grad]
     size = sum(a.a.numel() + a.b.numel() for a in trained)
@@ -57,10 +82,12 @@ def warnings_for(model: nn.Module, examples: Sequence[Example | Pack], rows_a_st
             f"{learned:,} tokens are learned by {size:,} parameters of rank {r}: where tokens outnumber parameters "
             f"an adapter may run full, and loss stops falling early; r={_rank(r * learned / size)} would hold them"
         )
-    rows_a_step = min(rows_a_step, len(examples))
-    if rows_a_step > LARGE_BATCH:
+    together, what = min(rows_a_step, len(examples)), "rows"
+    if isinstance(examples, Packs):  # each row holds several
+        together, what = round(together * len(examples.examples) / len(examples)), "texts in packed rows"
+    if together > LARGE_BATCH:
         said.append(
-            f"{rows_a_step} rows to a step: beyond about {LARGE_BATCH} an adapter learns less from the same rows than "
+            f"{together} {what} to a step: beyond about {LARGE_BATCH} an adapter learns less from the same rows than "
             "full fine-tuning does, whatever its rank; a smaller batch with more steps is the better use of them"
         )
     return said

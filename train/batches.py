@@ -1,5 +1,6 @@
 """Which rows run together: shuffled, grouped by length so that little is padding, the same for the same seed."""
 
+import heapq
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -27,6 +28,15 @@ def steps_per_epoch(n: int, batch: int, accumulate: int) -> int:
     whole, rest = divmod(n, batch * _WINDOW)
     batches = whole * _WINDOW + -(-rest // batch)
     return -(-batches // accumulate)
+
+
+def longest(examples: Sequence[Example | Pack], n: int) -> list[Example | Pack]:
+    """The `n` of most tokens, the longest first; of packs, which are of one size, those of the longest texts.
+
+    No other is made: all at once would take ten times the memory in which they are kept.
+    """
+    lengths = lengths_of(examples)  # packs come by their longest text (pack.py), and of equals the first is taken
+    return [examples[i] for i in heapq.nlargest(n, range(len(examples)), key=lengths.__getitem__)]
 
 
 def endless(

@@ -57,6 +57,7 @@ class Progress:
     best_loss: float | None = None
     best_step: int | None = None
     stale: int = 0  # evaluations without a lower eval_loss
+    owed: bool = False  # a signal broke off the evaluation of this step, and a run that goes on begins with it
     log_bytes: int = 0
 
 

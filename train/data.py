@@ -54,6 +54,9 @@ def prepare(
         raise ValueError(
             f"pack=True needs a model of lora.load's: {type(model).__name__} would let packed texts see each other"
         )
+    built = model.config.max_length if isinstance(model, CausalLM) else limit
+    if limit > built and not config.pack:
+        raise ValueError(f"max_length={limit}, and this model was built for rows of up to {built} tokens")
     if config.pack and isinstance(model, CausalLM):
         limit = min(limit, model.config.max_length, model.restart() or limit)
     rows = read_rows(data, config.columns)

@@ -3,7 +3,8 @@
 import math
 import signal
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
@@ -30,6 +31,10 @@ class Interrupted(KeyboardInterrupt):
         self.code, self.step, self.saved = 128 + number, step, saved
 
 
+class Stopped(KeyboardInterrupt):
+    """A signal came within `Signals.at_once`."""
+
+
 class Signals:
     """Within the block, the first Ctrl-C or SIGTERM only sets `got`; the second one acts as ever.
 
@@ -38,6 +43,7 @@ class Signals:
 
     def __init__(self) -> None:
         self.got: int | None = None
+        self._hurry = False
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "Signals":
@@ -52,6 +58,19 @@ class Signals:
     def _take(self, number: int, frame: FrameType | None) -> None:
         self.got = number
         self._restore()
+        if self._hurry:
+            raise Stopped
+
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """For what changes nothing and may take minutes: a signal in it, or before it, raises Stopped."""
+        self._hurry = True
+        try:
+            if self.got is not None:
+                raise Stopped
+            yield
+        finally:
+            self._hurry = False
 
     def _restore(self) -> None:
         while self._before:
@@ -84,9 +103,13 @@ class Divergence:
         if self.strikes >= STRIKES:
             raise RuntimeError(self.sentence(step, loss, lr))
 
-    def end(self, step: int, loss: float, lr: float) -> None:
-        """Raises RuntimeError where the run was too short for as many strikes, and had no good step but its first."""
-        if step > 1 and self.strikes == step - 1:
+    def end(self, step: int, loss: float, lr: float, first: Callable[[], float]) -> None:
+        """Raises RuntimeError where the run was too short for as many strikes, and had no good step but its first.
+
+        `first` measures the rows of the first step once more: where they are still better than a guess, those of the
+        others were hard.
+        """
+        if step > 1 and self.strikes == step - 1 and not first() <= self.limit:
             raise RuntimeError(self.sentence(step, loss, lr))
 
     def sentence(self, step: int, loss: float, lr: float) -> str:

@@ -3,6 +3,7 @@
 What a step is: steps.py.  What is kept of a run: checkpoint.py, certificate.py.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -44,6 +45,7 @@ from lora.train.certificate import (
 from lora.train.checkpoint import clean, ending, find_checkpoint, load_checkpoint, read_checkpoint
 from lora.train.config import TrainConfig
 from lora.train.data import prepare as prepare_rows
+from lora.train.guard import Interrupted, Stopped
 from lora.train.log import Log, peak_bytes
 from lora.train.optim import AdamW
 from lora.train.plot import write_plot
@@ -106,7 +108,8 @@ def fit(
         clean(point.parent)
     if out:
         _start(out, steps, notes, point)
-    for sentence in warnings_for(model, steps.examples, config.batch * config.accumulate):
+    between = min(config.eval_every or steps.steps, steps.steps)
+    for sentence in warnings_for(model, steps.examples, config.batch * config.accumulate, steps.held_out, between):
         warnings.warn(sentence, stacklevel=2)
     p = steps.progress
     log_path = out / "log.jsonl" if out else None
@@ -118,10 +121,13 @@ def fit(
     with ending(out):
         adapter = _keep(steps, tokenizer)
         if out:
-            _report(out, model, tokenizer, steps.held_rows if adapter else [], log.history, config)
+            with contextlib.suppress(Stopped), steps.signals, steps.signals.at_once():
+                _report(out, model, tokenizer, steps.held_rows if adapter else [], log.history, config)
             write_plot(out / "loss.png", log.history)
             ended = {"steps": p.step, "tokens": p.tokens, "best_step": p.best_step if config.best else None}
             write_certificate(out, finished=True, **ended, probe=steps.probed, weights_after=last)
+    if steps.signals.got is not None:
+        raise Interrupted(steps.signals.got, p.step, None, f"the run had ended and {out} is whole but for report.html")
     return Run(tuple(log.history), p.step, p.seconds, p.tokens, peak_bytes(steps.device), adapter)
 
 

@@ -2,7 +2,8 @@
 
     lora.fit(..., sinks=[print, tensorboard("runs/tb"), wandb("my project")])
 
-An entry is what stands in log.jsonl, "step" in it.  TensorBoard and wandb are imported when asked for.
+An entry is what stands in log.jsonl, "step" in it.  TensorBoard and wandb are imported when asked for, and write from
+the first entry on: a run that is refused leaves nothing behind, and its folder is empty until it begins.
 """
 
 import importlib
@@ -17,9 +18,11 @@ READY = ("tensorboard", "wandb")
 def tensorboard(folder: str | Path) -> Sink:
     """Writes numbers as scalars for TensorBoard. Raises ImportError with the command that installs it."""
     module = _needed("torch.utils.tensorboard", "tensorboard")
-    writer = module.SummaryWriter(str(folder))
+    writer: Any = None
 
     def sink(entry: dict[str, Any]) -> None:
+        nonlocal writer
+        writer = writer or module.SummaryWriter(str(folder))
         for key, value in entry.items():
             if key != "step" and isinstance(value, int | float):
                 writer.add_scalar(key, value, entry["step"])
@@ -32,9 +35,11 @@ def tensorboard(folder: str | Path) -> Sink:
 def wandb(project: str, **options: Any) -> Sink:
     """Sends entries to Weights & Biases; `options` go to wandb.init. Raises ImportError where it is not installed."""
     module = _needed("wandb", "wandb")
-    run = module.init(project=project, **options)
+    run: Any = None
 
     def sink(entry: dict[str, Any]) -> None:
+        nonlocal run
+        run = run or module.init(project=project, **options)
         run.log({k: v for k, v in entry.items() if k != "step"}, step=entry["step"])
         if "train_runtime" in entry:
             run.finish()

@@ -17,18 +17,18 @@ import torch
 from torch import Tensor, nn
 
 from lora.batch import Pack
-from lora.eval.evaluate import evaluate
-from lora.eval.nll import row_nll
+from lora.eval.evaluate import Result, evaluate
+from lora.eval.nll import row_nll, token_nll
 from lora.files import write_text
 from lora.models.llama import Llama
 from lora.models.tokenizer import Tokenizer
 from lora.render import Batch, Example, collate
 from lora.rows import Row
-from lora.train.batches import endless
-from lora.train.checkpoint import Progress, prune, random_states, save_checkpoint, set_random_states
+from lora.train.batches import endless, longest
+from lora.train.checkpoint import Progress, checkpoints, prune, random_states, save_checkpoint, set_random_states
 from lora.train.config import TrainConfig
 from lora.train.graph import Graphs
-from lora.train.guard import Divergence, Interrupted, LossScale, Signals, not_finite
+from lora.train.guard import Divergence, Interrupted, LossScale, Signals, Stopped, not_finite
 from lora.train.log import Log, peak_bytes
 from lora.train.loss import noise, recomputed, token_loss
 from lora.train.optim import AdamW
@@ -108,6 +108,10 @@ class Steps:
                 self.probe()
             if write and config.save_every and not self.progress.step:
                 self.checkpoint(log)
+            if write and self.progress.owed:
+                self.after(log, self.progress.step == last)
+                if self.signals.got is not None:
+                    raise self._leave(log, write)
             groups = endless(self.examples, config.batch, config.accumulate, config.seed)
             coming = Ahead(group for _, group in itertools.islice(groups, self.progress.step, last))
             while (collated := coming.take()) is not None:
@@ -128,7 +132,7 @@ class Steps:
                 if self.signals.got is not None:
                     raise self._leave(log, write)
         if entry:
-            self.divergence.end(entry["step"], entry["loss"], entry["learning_rate"])
+            self.divergence.end(entry["step"], entry["loss"], entry["learning_rate"], self._first_again)
 
     def _take_up(self) -> None:
         """Takes what a checkpoint knows into the watchers."""
@@ -137,10 +141,21 @@ class Steps:
         if p.step:
             self.scale.value, self.scale.good = p.scale, p.good
 
+    @torch.no_grad()
+    def _first_again(self) -> float:
+        """The loss that the rows of the first step have now."""
+        _, group = next(endless(self.examples, self.config.batch, self.config.accumulate, self.config.seed))
+        self.model.eval()
+        parts = [token_nll(self.model, collate(part, PAD).to(self.device))[0].double() for part in group]
+        return torch.cat(parts).mean().item()
+
     def _leave(self, log: Log, write: bool) -> Interrupted:
         """Saves where the run stands; returns what to raise."""
-        saved = self.checkpoint(log) if write else None
-        return Interrupted(self.signals.got or signal.SIGINT, self.progress.step, saved)
+        saved, left = self.checkpoint(log) if write else None, "nothing was written"
+        older = checkpoints(self.folder) if self.folder and not saved else []
+        if older:
+            left = f"its loss was no better than a guess, and {older[-1]} stays; go on with --resume {self.out}"
+        return Interrupted(self.signals.got or signal.SIGINT, self.progress.step, saved, left)
 
     # ---- one step ----
     def step(self, group: Sequence[Sequence[Example | Pack]]) -> dict[str, Any] | None:
@@ -211,11 +226,11 @@ class Steps:
 
         Raises RuntimeError where memory runs out.
         """
-        longest = sorted(self.examples, key=lambda e: len(e.ids))[-self.config.batch :]
+        rows = longest(self.examples, self.config.batch)
         before, begin = random_states(self.device), time.perf_counter()
-        size = f"{len(longest)} rows of up to {len(longest[-1].ids)} tokens"
+        size = f"{len(rows)} rows of up to {len(rows[0].ids)} tokens"
         try:
-            b = collate(longest, PAD).to(self.device)
+            b = collate(rows, PAD).to(self.device)
             self._backward(b, b.target.numel(), record=False)
         except torch.OutOfMemoryError as e:
             raise RuntimeError(
@@ -236,7 +251,14 @@ class Steps:
         best = False
         due = config.eval_every and p.step % config.eval_every == 0
         if self.held_out and (due or last):
-            found = self.evaluate()
+            p.owed = True
+            try:
+                with self.signals.at_once():
+                    found, answers = self.evaluate()
+            except Stopped:
+                return
+            p.owed = False
+            self._keep_answers(answers)
             log.write(found | {"epoch": round(p.step / self.per_epoch, 4), "step": p.step})
             best = p.best_loss is None or found["eval_loss"] < p.best_loss
             if best:
@@ -257,8 +279,8 @@ class Steps:
         prune(folder, self.config.keep_last, p.best_step if self.config.best else None)
         return saved
 
-    def evaluate(self) -> dict[str, Any]:
-        """Loss on the validation rows, and exact matches of the answers to the first of them."""
+    def evaluate(self) -> tuple[dict[str, Any], Sequence[Result]]:
+        """Loss on the validation rows and exact matches of the answers to the first of them; and these answers."""
         start, batch = time.perf_counter(), self.config.batch
         nll, count, hits = row_nll(self.model, self.held_out, batch)
         took, n = time.perf_counter() - start, int(count.sum())
@@ -271,17 +293,18 @@ class Steps:
             "eval_steps_per_second": round(-(-len(self.held_out) // batch) / took, 3),
         }
         asked = self.held_rows[: self.config.eval_generate]
-        if asked:
-            self.model.eval()
+        if not asked:
+            return found, ()
+        self.model.eval()
+        try:
             report = evaluate(self.model, self.tokenizer, list(asked), ("exact_match",), batch=batch)
+        finally:
             self.model.train()
-            found["eval_exact_match"] = report.metrics["exact_match"]
-            self._keep_answers(report.rows)
-        return found
+        return found | {"eval_exact_match": report.metrics["exact_match"]}, report.rows
 
-    def _keep_answers(self, results: Sequence[Any]) -> None:
+    def _keep_answers(self, results: Sequence[Result]) -> None:
         """samples.jsonl: what the model answered, step by step."""
-        if not self.out:
+        if not self.out or not results:
             return
         path = self.out / "samples.jsonl"
         old = path.read_text(encoding="utf-8").splitlines() if path.exists() else []

@@ -7,6 +7,7 @@ each other, so each member learns what it would have learned alone, up to roundi
 Prior art: mLoRA, arXiv:2312.02515; the memory of K solo runs becomes one base and K small states.
 """
 
+import contextlib
 import itertools
 import math
 import time
@@ -29,11 +30,11 @@ from lora.models.llama import FUSED, Llama
 from lora.models.tokenizer import Tokenizer
 from lora.render import collate
 from lora.rows import Data
-from lora.train.batches import endless, steps_per_epoch
+from lora.train.batches import endless, longest, steps_per_epoch
 from lora.train.config import TrainConfig
 from lora.train.data import prepare
 from lora.train.graph import Graphs, Learned, member_losses
-from lora.train.guard import Divergence, Interrupted, Signals
+from lora.train.guard import Divergence, Interrupted, Signals, Stopped
 from lora.train.log import Log
 from lora.train.loop import keep_within
 from lora.train.loss import recomputed
@@ -99,13 +100,15 @@ def sweep(
     with signals:
         with Log(out / "log.jsonl" if out else None, steps, config.progress, device=device) as log:
             results = _train(model, examples, members, stack, optimizers, steps, config, signals, log)
-        for x in results:
-            if held_out and not x.failed and signals.got is None:
-                activate(model, x.member.name)
-                nll, count, _ = row_nll(model, held_out, config.batch)
-                x.eval_loss = float(nll.sum()) / int(count.sum())
+        with contextlib.suppress(Stopped), signals.at_once():
+            for x in results:
+                if held_out and not x.failed:
+                    activate(model, x.member.name)
+                    nll, count, _ = row_nll(model, held_out, config.batch)
+                    x.eval_loss = float(nll.sum()) / int(count.sum())
         took = time.perf_counter() - begin
-        score = {x.member.name: x.eval_loss if held_out else x.losses[-1] if x.losses else None for x in results}
+        by_eval = held_out and all(x.failed or x.eval_loss is not None for x in results)
+        score = {x.member.name: x.eval_loss if by_eval else x.losses[-1] if x.losses else None for x in results}
         results.sort(key=lambda x: (bool(x.failed), score[x.member.name] or 0.0))
         if out:
             keep(model, out, results, took, config, finished=signals.got is None)
@@ -204,13 +207,13 @@ def _train(
 
 def _probe(graphs: Graphs, stack: Stack, examples: Sequence[Any], members: int, batch: int) -> None:
     """Runs the longest batch of all members and changes nothing: what does not fit in memory fails now."""
-    longest = sorted(examples, key=lambda e: len(e.ids))[-batch:]
+    rows = longest(examples, batch)
     try:
-        [laid] = _lay([[longest]] * members, range(members), stack.w.device)
+        [laid] = _lay([[rows]] * members, range(members), stack.w.device)
         _run(graphs, stack, laid, members)
     except torch.OutOfMemoryError as e:
         raise RuntimeError(
-            f"the longest batch, {members} times {len(longest)} rows of up to {len(longest[-1].ids)} tokens, does not "
+            f"the longest batch, {members} times {len(rows)} rows of up to {len(rows[0].ids)} tokens, does not "
             f"fit in memory: {str(e).splitlines()[0]}; take fewer adapters at once, a smaller batch with more "
             "accumulate, recompute=True, or shorter rows"
         ) from None

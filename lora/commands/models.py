@@ -3,11 +3,11 @@
 import json
 from pathlib import Path
 
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import Namespace
 
 import lora
 from lora.combine import METHODS
-from lora.commands.flags import Commands, dtype_device, json_flag, model_flags, numbers
+from lora.commands.flags import ArgumentParser, Commands, columns_flag, dtype_device, json_flag, model_flags, numbers
 from lora.eval.evaluate import METRICS
 from lora.export import TARGETS
 from lora.files import refuse_filled
@@ -25,7 +25,7 @@ def _eval_arguments() -> ArgumentParser:
     model_flags(p)
     p.add_argument("--adapter", type=str | None, default=None, help="adapter folder; compared with the base")
     p.add_argument("--data", type=str, required=True, help=f"rows: {', '.join(SUFFIXES)}")
-    p.add_argument("--columns", type=dict[str, str] | None, default=None, help="what the data calls its parts")
+    columns_flag(p)
     p.add_argument("--metrics", type=str, default="perplexity,exact_match", help=f"some of {', '.join(METRICS)}")
     p.add_argument("--max_new_tokens", type=int, default=64, help="longest answer")
     p.add_argument("--batch", type=int, default=16, help="rows that run together")

@@ -6,12 +6,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import Namespace
 
 import lora
-from lora.commands.flags import Commands, dtype_device, json_flag, model_flags, numbers
+from lora.commands.flags import ArgumentParser, Commands, columns_flag, dtype_device, json_flag, model_flags, numbers
 from lora.files import read_json, refuse_filled
 from lora.render import LEARN
+from lora.rows import Rows, read_rows
 from lora.sources import SUFFIXES
 from lora.train.ceilings import CARDS
 from lora.train.config import TrainConfig
@@ -67,22 +68,21 @@ def _train(a: Namespace) -> None:
             raise ValueError(
                 f"--resume takes every setting from {a.resume}; leave out {', '.join(map('--{}'.format, given))}"
             )
-        notes, out, config = _notes_of(Path(a.resume)), Path(a.resume), None
+        (notes, columns), out, config = _notes_of(Path(a.resume)), Path(a.resume), None
     else:
         missing = [f"--{key}" for key in ("model", "data", "out") if not a[key]]
         if missing:
             raise ValueError(f"lora train needs {', '.join(missing)}, or --resume DIR")
         fields = {f.name: a[f.name] for f in dataclasses.fields(TrainConfig) if f.name != "out"}
-        config, out = TrainConfig(**fields, out=a.out), Path(a.out)
+        config, out, columns = TrainConfig(**fields, out=a.out), Path(a.out), a.columns
         notes = {key: a[key] for key in _RECIPE} | {"seed": config.seed}
         notes["lora"] = dataclasses.asdict(lora.LoRAConfig(**vars(a.lora)))
         refuse_filled(out)
     sinks = [ready(name.strip(), out) for name in a.log_to.split(",") if name.strip()]
+    rows = _rows(notes, columns)
     model, tokenizer = _recipe(notes)
     print(lora.status(model), file=sys.stderr)
-    run = lora.fit(
-        model, tokenizer, notes["data"], notes["valid"], config, resume=a.resume, sinks=sinks, notes=notes
-    )  # fmt: skip
+    run = lora.fit(model, tokenizer, *rows, config, resume=a.resume, sinks=sinks, notes=notes)
     last = {k: v for h in run.history for k, v in h.items() if k in ("loss", "eval_loss", "train_runtime")}
     if a.json:
         print(
@@ -94,7 +94,7 @@ def _train(a: Namespace) -> None:
             f"{run.steps} steps, {run.tokens:,} tokens, {run.tokens_per_second:,.0f} tokens/s, "
             f"loss {last['loss']:.4f}{held}"
         )
-        print(f"adapter, log and report: {out}")
+        print(f"{'model' if notes['method'] == 'full' else 'adapter'}, log and report: {out}")
 
 
 _RECIPE = ("model", "data", "valid", "method", "dtype", "device")  # with lora's settings, what a run begins from
@@ -105,9 +105,6 @@ def _recipe(notes: dict[str, Any]) -> tuple[Any, Any]:
     """The model and tokenizer of a run, as before its first step."""
     import torch
 
-    for file in filter(None, (notes["data"], notes["valid"])):
-        if not Path(file).is_file():
-            raise FileNotFoundError(f"{file} is not there; data is a file of rows: {', '.join(SUFFIXES)}")
     quantize = "nf4" if notes["method"] == "qlora" else None
     model, tokenizer = lora.load(notes["model"], quantize=quantize, dtype=notes["dtype"], device=notes["device"])
     if notes["method"] == "full":
@@ -118,14 +115,20 @@ def _recipe(notes: dict[str, Any]) -> tuple[Any, Any]:
     return model, tokenizer
 
 
-def _notes_of(run: Path) -> dict[str, Any]:
-    """How the command that made a run directory began."""
+def _rows(notes: dict[str, Any], columns: dict[str, str] | None) -> tuple[Rows, Rows | None]:
+    """Rows to train on and to evaluate on, checked before a model is loaded, which may take minutes."""
+    return read_rows(notes["data"], columns), read_rows(notes["valid"], columns) if notes["valid"] else None
+
+
+def _notes_of(run: Path) -> tuple[dict[str, Any], dict[str, str] | None]:
+    """How the command that made a run directory began, and the names of its data's columns."""
     if not (run / "run.json").is_file():
         raise FileNotFoundError(f"{run} is no run directory: it holds no run.json")
-    notes = read_json(run / "run.json").get("notes") or {}
+    certificate = read_json(run / "run.json")
+    notes = certificate.get("notes") or {}
     if not notes.keys() >= {*_RECIPE, "lora", "seed"}:
         raise ValueError(f"{run} was not made by `lora train`, so its model is not known; call lora.fit(resume=...)")
-    return notes
+    return notes, certificate["config"]["columns"]
 
 
 # ---- verify ----
@@ -140,9 +143,9 @@ def _verify_arguments() -> ArgumentParser:
 def _verify(a: Namespace) -> None:
     from lora.train.verify import verify
 
-    notes = _notes_of(Path(a.run))
-    model, tokenizer = _recipe(notes)
-    verdict = verify(a.run, model, tokenizer, notes["data"], notes["valid"], steps=a.steps)
+    notes, columns = _notes_of(Path(a.run))
+    rows = _rows(notes, columns)
+    verdict = verify(a.run, *_recipe(notes), *rows, steps=a.steps)
     if not verdict.equal:
         raise RuntimeError(f"{a.run}: {verdict}")
     print(json.dumps(dataclasses.asdict(verdict)) if a.json else f"{a.run}: {verdict}")
@@ -173,8 +176,9 @@ def _sweep(a: Namespace) -> None:
     config = TrainConfig(**fields, out=a.out)
     members = grid(numbers(a, "lr", float), numbers(a, "r", int), numbers(a, "alpha", float), numbers(a, "seeds", int))
     refuse_filled(Path(a.out))
+    rows = _rows({"data": a.data, "valid": a.valid}, a.columns)
     model, tokenizer = lora.load(a.model, quantize="nf4" if a.method == "qlora" else None, **dtype_device(a))
-    found = sweep(model, tokenizer, a.data, a.valid, members=members, config=config)
+    found = sweep(model, tokenizer, *rows, members=members, config=config)
     if a.json:
         print(json.dumps([dataclasses.asdict(x) for x in found.results]))
     else:
@@ -191,7 +195,7 @@ def _data_arguments() -> ArgumentParser:
     p.add_argument("--start", type=int, default=0, help="the first to show")
     p.add_argument("--learn", choices=LEARN, default="assistant", help="which tokens are learned")
     p.add_argument("--max_length", type=int | None, default=None, help="longest row in tokens; the model's own")
-    p.add_argument("--columns", type=dict[str, str] | None, default=None, help="what the data calls its parts")
+    columns_flag(p)
     p.add_argument("--html", type=str | None, default=None, help="write a page instead")
     json_flag(p)
     return p
