@@ -62,7 +62,7 @@ def recordable(model: Any) -> bool:
 @contextmanager
 def took(model: Llama, fused: bool | None) -> Iterator[None]:
     """Ends the program where the forward inside took the other path than it should."""
-    model.keeping.recordable = False  # the fused path alone sets it, with all kept
+    model.keeping.recordable = False  # the fused path alone sets it
     yield
     if fused is not None and model.keeping.recordable != fused:
         raise SystemExit(f"the {'plain' if fused else 'fused'} path ran where the other was meant")

@@ -4,7 +4,8 @@
     backward    dX = [dY8 | U | U | U'] [W8 ; s a ; (s a)' ; s a]              U = dY b
 Here v' is what v loses to 8 bits, itself in 8 bits: three sets of columns carry an update as exactly as bfloat16 would,
 in the one product.  They share the row's scale with X8, and the weight's with W8, so they are brought to a like size by
-the largest b (or a) of the model; what would not fit becomes NaN, 16 times beyond the largest product of the base.
+the largest b (or a) of the model.  From 16 times the largest product of the base on they take room from X8 (fp8.py);
+4096 times beyond it they become NaN.
 W8 is the 4-bit weight decoded to e4m3 (for the backward: turned, since these products want both operands along K).
 dY is rounded row by row; U, da and db are made from it before that.  X is rounded once: the adapter reads what the
 base reads.
@@ -24,6 +25,7 @@ from lora.kernels.fp8 import (
     gate8,
     norm8,
     product8,
+    ride8,
     rows8,
     split8,
 )
@@ -114,7 +116,7 @@ def forward(
         row += w.shape[0]
     if R:
         t = _low(group, eight, x, like) if t is None else t
-        split8(x.x8[:, K:], t, "hhl", eight.b, rows=x.scale, k=1.0 / (TOP_FACTOR * eight.scale))
+        ride8(x.x8, K, x.scale, t, eight.b, 1.0 / (TOP_FACTOR * eight.scale))
         row = at = 0
         for n, r, low in zip(group.sizes, group.ranks, group.lows, strict=True):
             b = low[1].detach() if low else torch.empty(n, 0, device=like.device)
@@ -162,7 +164,7 @@ def backward(
         y8 = _wide8(dy.shape[0], N, more, dy, "input8")
     scale = rows8(dy, y8[:, :N])
     if u is not None:
-        split8(y8[:, N:], u, "hhl", eight.a, rows=scale, k=1.0 / (TOP_FACTOR * eight.scale))
+        ride8(y8, N, scale, u, eight.a, 1.0 / (TOP_FACTOR * eight.scale))
         a = stack_a(group, torch.empty(R, K, dtype=dy.dtype, device=dy.device), scaled=True)
         split8(w8[:, N:], a.T, "hlh", eight.a)
         u = fold.scaled(group, u)

@@ -6,10 +6,14 @@
 A value keeps 4 significant bits wherever it lies between 2**-6 and 448, so a scale need not be tight: it leaves room
 above for columns that ride along (fold8.py).  A factor of LoRA must not lose bits: it goes as two such numbers,
     v ≈ hi + lo,  hi = e4m3(v), lo = e4m3(v - hi)           8 significant bits, as bfloat16 has
-and v wᵀ as hi hi + hi lo + lo hi, three sets of columns.  What does not fit becomes NaN, and the loss with it.
+and v wᵀ as hi hi + hi lo + lo hi, three sets of columns.  Columns that ride along with a row share its scale.  Where
+they do not fit, the row makes room: its values over 2**j, its scale times that (factors of a random 8B model came there
+within 24 steps: LOG.md, 2026-11-27).  What does not fit with j = 8 either becomes NaN, and the loss with it.
 
 Source: arXiv:2209.05433 (the format); row scales as in arXiv:2409.12517.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,6 +39,7 @@ TINY = 1e-20  # a row of zeros has scale TINY / TOP, not 0: something is divided
 TILE, TILE_TURNED = (64, 256, 8), (128, 128, 4)
 
 SETS = {"hhl": (0, 0, 1), "hlh": (0, 1, 0), "hl": (0, 1)}  # 0 hi, 1 lo
+LESS = 8  # a row becomes 2**-LESS of itself at most: its largest value keeps its bits
 
 
 # ---- reference ----
@@ -50,15 +55,22 @@ def _rows_ref(x: Tensor, out: Tensor, scale: Tensor) -> None:
     out.copy_(to_f8(x * (TOP / amax)))
 
 
-def _split_ref(
-    out: Tensor, src: Tensor, at: int, width: int, sets: str, amax: Tensor, rows: Tensor | None, k: float
-) -> None:
+def _parts_ref(out: Tensor, v: Tensor, at: int, sets: str) -> None:
+    width = out.shape[1] // len(sets)
     out.copy_(torch.zeros(out.shape, device=out.device).to(F8))
-    v = src.float() * ((k / amax) if rows is None else (k * amax) / rows)
     hi = to_f8(v)
     both = (hi, to_f8(v - hi.float()))
     for i, which in enumerate(SETS[sets]):
-        out[:, i * width + at : i * width + at + src.shape[1]] = both[which]
+        out[:, i * width + at : i * width + at + v.shape[1]] = both[which]
+
+
+def _ride_ref(x: Tensor, K: int, scale: Tensor, src: Tensor, amax: Tensor, k: float) -> None:
+    v = src.float() * ((k * amax) / scale)
+    top = v.abs().amax(dim=1, keepdim=True)
+    less = torch.where(top > LARGEST, torch.frexp(top).exponent - 8, 0).clamp(0, LESS).float()  # to 256 at most
+    x[:, :K] = to_f8(x[:, :K].float() * torch.exp2(-less))
+    scale.mul_(torch.exp2(less))
+    _parts_ref(x[:, K:], v * torch.exp2(-less), 0, "hhl")
 
 
 # ---- kernel ----
@@ -157,8 +169,10 @@ def _split_kernel(
     out_ptr,  # (n, columns) e4m3
     src_ptr,  # (n, r), any float
     amax_ptr,  # () f32
-    rows_ptr,  # (n,) f32, read only with ROWS
+    x_ptr,  # (n, K) e4m3, the columns before out's; this and the next only with RIDE
+    rows_ptr,  # (n,) f32, their scales
     n,
+    K,
     columns,
     at,
     r,
@@ -168,7 +182,8 @@ def _split_kernel(
     src_stride_n,
     src_stride_r,
     k,
-    SCALED: tl.constexpr,  # the value is src * k * amax / rows, else src * k / amax
+    RIDE: tl.constexpr,  # the value is src * k * amax / rows, else src * k / amax
+    LESS: tl.constexpr,
     LO: tl.constexpr,  # bit i: set i of the columns is lo
     COUNT: tl.constexpr,  # sets
     LINES: tl.constexpr,
@@ -181,8 +196,22 @@ def _split_kernel(
     there = (line < n) & (which < COUNT) & (j >= 0) & (j < r)
     v = tl.load(src_ptr + line * src_stride_n + j * src_stride_r, mask=there, other=0.0).to(tl.float32)
     amax = tl.load(amax_ptr)
-    if SCALED:
-        v = v * ((k * amax) / tl.load(rows_ptr + line, mask=line < n, other=1.0))
+    if RIDE:
+        scale = tl.load(rows_ptr + line, mask=line < n, other=1.0)
+        v = v * ((k * amax) / scale)
+        top = tl.max(tl.abs(v), axis=1)[:, None]  # (LINES, 1)
+        # powers of two by their bits: 2**-less brings what does not fit to 256 at most
+        less = tl.where(top > 448.0, tl.minimum((top.to(tl.int32, bitcast=True) >> 23) - 134, LESS), 0)
+        down = ((127 - less) << 23).to(tl.float32, bitcast=True)
+        v = v * down
+        if tl.max(tl.max(less, axis=1), axis=0) > 0:
+            here = (line < n) & (less > 0)
+            tl.store(rows_ptr + line, scale * ((127 + less) << 23).to(tl.float32, bitcast=True), mask=here)
+            for start in range(0, K, BLOCK):
+                x_at = x_ptr + line * out_stride_n + start + col
+                mask = here & (start + col < K)
+                x = tl.load(x_at, mask=mask, other=0.0).to(tl.float32)
+                tl.store(x_at, (x * down).to(tl.float8e4nv), mask=mask)
     else:
         v = v * (k / amax)
     hi = _f8(v)
@@ -325,34 +354,52 @@ def gate8(g: Tensor, u: Tensor, gelu: bool, out: Tensor) -> Tensor:
     return scale
 
 
-@op("lora::split8", mutates=("out",))
-def _split_op(
-    out: Tensor, src: Tensor, at: int, width: int, sets: str, amax: Tensor, rows: Tensor | None, k: float
+def _split(
+    out: Tensor, src: Tensor, at: int, sets: str, amax: Tensor, k: float, x: Any = None, rows: Any = None
 ) -> None:
     n, columns = out.shape
+    K = 0 if x is None else x.shape[1]
     BLOCK = triton.next_power_of_2(columns)
     LINES = max(1, 2048 // BLOCK)
     with torch.cuda.device_of(out):
         _split_kernel[(-(-n // LINES),)](
-            out, src, amax, amax if rows is None else rows, n, columns, at, src.shape[1], width, *out.stride(),
-            *src.stride(), k, SCALED=rows is not None, LO=sum(lo << i for i, lo in enumerate(SETS[sets])),
-            COUNT=len(sets), LINES=LINES, BLOCK=BLOCK, num_warps=4,
+            out, src, amax, out if x is None else x, amax if rows is None else rows, n, K, columns, at, src.shape[1],
+            columns // len(sets), *out.stride(), *src.stride(), k, RIDE=x is not None, LESS=LESS,
+            LO=sum(lo << i for i, lo in enumerate(SETS[sets])), COUNT=len(sets), LINES=LINES, BLOCK=BLOCK, num_warps=4,
         )  # fmt: skip
 
 
-def split8(
-    out: Tensor, src: Tensor, sets: str, amax: Tensor, at: int = 0, rows: Tensor | None = None, k: float = TOP_FACTOR
-) -> None:
+@op("lora::split8", mutates=("out",))
+def _split_op(out: Tensor, src: Tensor, at: int, sets: str, amax: Tensor) -> None:
+    _split(out, src, at, sets, amax, TOP_FACTOR)
+
+
+def split8(out: Tensor, src: Tensor, sets: str, amax: Tensor, at: int = 0) -> None:
     """Writes all of `out` (n, columns) e4m3: v of src (n, r) from column `at` of each of the `sets` on, 0 elsewhere.
 
     `sets` is a key of SETS; each is a width of as many columns as src's group has, at + r or more: columns over sets,
-    rounded down.  v = src k / amax, or with `rows` (n, 1), the scales of the columns before, src k amax / rows.
+    rounded down.  v = src TOP_FACTOR / amax, so src is at most amax, ().
     """
-    width = out.shape[1] // len(sets)
-    if use_triton(src, amax, *(() if rows is None else (rows,))):
-        _split_op(out, src, at, width, sets, amax, rows, k)
+    if use_triton(src, amax):
+        _split_op(out, src, at, sets, amax)
     else:
-        _split_ref(out, src, at, width, sets, amax, rows, k)
+        _parts_ref(out, src.float() * (TOP_FACTOR / amax), at, sets)
+
+
+@op("lora::ride8", mutates=("x", "scale"))
+def _ride_op(x: Tensor, K: int, scale: Tensor, src: Tensor, amax: Tensor, k: float) -> None:
+    _split(x[:, K:], src, 0, "hhl", amax, k, x[:, :K], scale)
+
+
+def ride8(x: Tensor, K: int, scale: Tensor, src: Tensor, amax: Tensor, k: float) -> None:
+    """Writes all columns of x (n, ..) e4m3 from K on: hi, hi and lo of v = src k amax / scale, src (n, r), then 0.
+
+    Rows of x, with the scales (n, 1), whose v does not fit are made smaller and their scales larger, by a power of two.
+    """
+    if use_triton(src, amax, scale):
+        _ride_op(x, K, scale, src, amax, k)
+    else:
+        _ride_ref(x, K, scale, src, amax, k)
 
 
 @op("lora::decode8", mutates=("out",))

@@ -358,6 +358,19 @@ def fp8_split(put: Put) -> Call:
 
 
 @case
+def fp8_ride(put: Put) -> Call:
+    scale, src, amax = put(torch.logspace(0, -4, 9)[:, None]), put(torch.randn(9, 5)), put(torch.tensor(3.0))
+
+    def call() -> list[Tensor]:
+        out, scales = bytes8(9, 118, src), scale.clone()
+        out.view(torch.uint8).fill_(0x55)
+        fp8.ride8(out, 70, scales, src, amax, 1.0)
+        return [out, scales]
+
+    return call
+
+
+@case
 def fp8_decode(put: Put) -> Call:
     packed = by_the_twin(torch.randn(40, 192), True)
     q, scales = put(packed.q.view(-1)), tuple(put(t) for t in packed.scales)

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from lora.kernels import dispatch, fold8, fp8
 from lora.kernels.fold import Group
-from lora.kernels.fp8 import F8, TOP, decode8, gate8, norm8, rows8, split8, to_f8
+from lora.kernels.fp8 import F8, TOP, decode8, gate8, norm8, ride8, rows8, split8, to_f8
 from lora.quant.linear import Linear4bit
 from lora.quant.weight import quantize_tensor
 
@@ -112,6 +112,28 @@ def test_two_parts_hold_a_factor_as_exactly_as_bfloat16(wish: str) -> None:
     assert bool((rest == 0).all())
 
 
+def test_a_row_makes_room_for_what_rides_along(wish: str) -> None:
+    skip_crude(wish)
+    x, src = torch.randn(40, 100, device=DEVICE), torch.rand(40, 5, device=DEVICE) + 0.5
+    src[10:20] *= 50
+    src[20:30] *= 2e3
+    src[30:] *= 1e8  # too much
+    buffer = poisoned(40, 148)
+    scale = rows8(x, buffer[:, :100])
+    before, alone = buffer[:, :100].float(), scale.clone()
+    ride8(buffer, 100, scale, src, torch.tensor(3.0, device=DEVICE), 0.1)
+    less = torch.log2(scale / alone)
+    assert torch.equal(less, less.round()) and bool((less[:10] == 0).all())
+    assert bool((less[10:20] > 0).all()) and bool((less[20:30] > less[10:20].max()).all()) and float(less.max()) == 8
+    after = buffer[:, :100].float()
+    assert torch.equal(before[:10], after[:10])
+    assert bool((after - before * torch.exp2(-less)).abs().le(2.0**-10).all())
+    hi, again, lo = (buffer[:, 100 + 16 * i : 105 + 16 * i].float() for i in range(3))
+    assert torch.equal(hi[:30], again[:30]) and bool(hi[30:].isnan().any(dim=1).all())
+    want = src * 0.3 / scale
+    assert bool((hi + lo - want)[:30].abs().le(want[:30].abs() * 2.0**-8 + 2.0**-10).all())
+
+
 @pytest.mark.parametrize("double", [False, True])
 @pytest.mark.parametrize("turn", [False, True])
 @pytest.mark.parametrize(("N", "K", "block"), [(16, 64, 64), (70, 192, 64), (5, 96, 64), (33, 1024, 256)])
@@ -130,11 +152,13 @@ def test_decoding_rounds_the_decoded_weight(N: int, K: int, block: int, turn: bo
     near(out, torch.full((1, 1), scale, device=DEVICE), want.T if turn else want)
 
 
-def group(K: int, sizes: tuple[int, ...], ranks: tuple[int, ...], dtype: torch.dtype) -> tuple[Group, list[Tensor]]:
+def group(
+    K: int, sizes: tuple[int, ...], ranks: tuple[int, ...], dtype: torch.dtype, times: float = 1.0
+) -> tuple[Group, list[Tensor]]:
     torch.manual_seed(K)
     layers = [Linear4bit(quantize_tensor(torch.randn(n, K, device=DEVICE) * 0.05)) for n in sizes]
     lows = tuple(
-        (torch.randn(r, K, device=DEVICE) * 0.1, torch.randn(n, r, device=DEVICE) * 0.05, 1.5) if r else None
+        (torch.randn(r, K, device=DEVICE) * 0.1, torch.randn(n, r, device=DEVICE) * (0.05 * times), 1.5) if r else None
         for n, r in zip(sizes, ranks, strict=True)
     )
     biases = tuple(torch.randn(n, device=DEVICE).to(dtype) for n in sizes)
@@ -148,12 +172,16 @@ def eight(g: Group) -> fold8.Eight:
     return fold8.Eight(max(fp8.weight_scale(w) for w in g.weights), a, b)
 
 
+TIMES = [1.0, 30.0, 300.0]  # of b: all fits; rows make room
+
+
+@pytest.mark.parametrize("times", TIMES)
 @pytest.mark.parametrize("ranks", [(16, 16, 16), (5, 0, 3), (64, 64, 64)])
-def test_a_products_updates_are_exact_beside_its_base(ranks: tuple[int, int, int], wish: str) -> None:
+def test_a_products_updates_are_exact_beside_its_base(ranks: tuple[int, int, int], times: float, wish: str) -> None:
     """Against the rounded input times the rounded base plus the update in float64: what two parts lose is all."""
     skip_crude(wish)
     dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float32
-    g, dense = group(128, (64, 32, 48), ranks, dtype)
+    g, dense = group(128, (64, 32, 48), ranks, dtype, times)
     e = eight(g)
     like = torch.randn(50, 128, device=DEVICE).to(dtype)
     x = fold8.taken(g, like)
@@ -176,11 +204,12 @@ def test_a_products_updates_are_exact_beside_its_base(ranks: tuple[int, int, int
         row += n
 
 
+@pytest.mark.parametrize("times", TIMES)
 @pytest.mark.parametrize("ranks", [(16, 16, 16), (5, 0, 3)])
-def test_the_gradient_is_that_of_the_rounded_base(ranks: tuple[int, int, int], wish: str) -> None:
+def test_the_gradient_is_that_of_the_rounded_base(ranks: tuple[int, int, int], times: float, wish: str) -> None:
     skip_crude(wish)
     dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float32
-    g, dense = group(128, (64, 32, 48), ranks, dtype)
+    g, dense = group(128, (64, 32, 48), ranks, dtype, times)
     e = eight(g)
     like, dy = torch.randn(50, 128, device=DEVICE).to(dtype), torch.randn(50, 144, device=DEVICE).to(dtype)
     _, t = fold8.forward(g, e, fold8.taken(g, like), None, like)

@@ -13,7 +13,7 @@ from tiny import give_tokenizer
 import lora
 from lora.__main__ import main
 from lora.kernels.scratch import mine
-from lora.models.budget import CUBLAS, Keeping, Widths, account, graph_fits, host_bytes, keep_on_gpu, sending_bytes
+from lora.models.budget import CUBLAS, Keeping, Widths, account, graph_fits, host_bytes, in_8_bits, keep_on_gpu
 from lora.models.host import host_room
 from lora.models.llama import LlamaConfig
 from lora.models.outline import outline
@@ -51,7 +51,7 @@ def small(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize(
     ("batch", "length", "budget", "measured", "whole", "recorded"),
-    [(4, 2048, "36GiB", 30.67, 32, True), (4, 2048, "8.2GiB", 7.86, 1, False), (1, 512, None, 8.13, 32, True)],
+    [(4, 2048, "36GiB", 30.67, 32, True), (4, 2048, "8.2GiB", 7.86, 1, True), (1, 512, None, 8.13, 32, True)],
 )
 def test_peaks_are_those_measured_on_an_h100(
     large: Path, batch: int, length: int, budget: str | None, measured: float, whole: int, recorded: bool
@@ -182,22 +182,20 @@ def test_states_that_the_host_cannot_hold_are_made_again() -> None:
     assert (host_room() or 1) > 0
 
 
-def test_copies_under_way_need_room_of_their_own() -> None:
+def test_in_8_bits_every_second_block_keeps_its_states() -> None:
+    assert in_8_bits(["host"] * 4 + ["all"]) == ["host", "input_host", "host", "input_host", "all"]
+    M, whole = 8192, ["host"] * 31 + ["all"]
+    assert account(WIDTHS, in_8_bits(whole), M, 2).total <= account(WIDTHS, whole, M, 2).total
+
+
+def test_a_graph_needs_its_memory_twice_where_some_had_to_be_saved() -> None:
     M = 8192
-    need = account(WIDTHS, ["host"] * 30 + ["all"] * 2, M, 2).total
-    sending = sending_bytes(WIDTHS, M, 2)
-    assert keep_on_gpu(WIDTHS, M, 2, need, room=need + sending).count("all") == 2
-    assert keep_on_gpu(WIDTHS, M, 2, need, room=need + sending - 1).count("all") == 1
-    whole = account(WIDTHS, ["all"] * 32, M, 2).total  # with all kept nothing is sent
-    assert keep_on_gpu(WIDTHS, M, 2, whole, room=whole) == ["all"] * 32
-
-
-def test_a_graph_needs_its_memory_and_some_to_spare() -> None:
-    a = account(WIDTHS, ["all"] * 32, 8192, 2)
-    need = a.total - a.reused + CUBLAS
-    assert graph_fits(WIDTHS, 8192, 2, need, int(1.1 * need) + 1)
-    assert not graph_fits(WIDTHS, 8192, 2, need - 1, int(1.1 * need) + 1)
-    assert not graph_fits(WIDTHS, 8192, 2, need, int(1.1 * need) - 1)
+    for keep, times in ((["all"] * 32, 1.1), (["host"] * 31 + ["all"], 2.2)):
+        a = account(WIDTHS, keep, M, 2)
+        need = a.total - a.reused + CUBLAS
+        assert graph_fits(WIDTHS, keep, M, 2, need, int(times * need) + 1)
+        assert not graph_fits(WIDTHS, keep, M, 2, need - 1, int(times * need) + 1)
+        assert not graph_fits(WIDTHS, keep, M, 2, need, int(times * need) - 1)
 
 
 # ---- time ----

@@ -3,8 +3,8 @@
 A step of an 8B model over 512 tokens launches some 5,000 kernels: 320 ms from Python, 50 ms replayed (LOG.md).  A graph
 serves batches of one shape: the rows' number, their length and the number of learned tokens, both rounded up so that
 batches of like rows share one; what is unused counts 0.  A shape is recorded when it comes the second time.  All graphs
-share their memory, since one runs at a time, and the reused buffers with what is not recorded.  Gradients add up in the
-parameters' .grad, as without a graph.
+share their memory, since one runs at a time, and the reused buffers with what is not recorded.  What blocks send to
+the host and fetch again is part of a graph.  Gradients add up in the parameters' .grad, as without a graph.
 """
 
 from collections import OrderedDict
@@ -61,8 +61,10 @@ class _Recorded:
         self.batch = replace(batch, ids=batch.ids.clone())
         self.learned = Learned(*(t.clone() for t in learned))
         self.graph = torch.cuda.CUDAGraph()
+        model.keeping.host.settle()
         with lent(stream) as self.buffers, torch.cuda.graph(self.graph, pool=pool, stream=stream):
             self.losses, self.hits = member_losses(model, self.batch, self.learned, members)
+        self.away = list(model.keeping.host.room.values())
 
     def run(self, batch: Batch, learned: Learned) -> tuple[Tensor, Tensor]:
         self.batch.ids.copy_(batch.ids)

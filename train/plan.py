@@ -35,7 +35,7 @@ class Plan:
 
     Attributes:
         parts: bytes by what they are for; their sum is `peak`, the most that tensors take at once
-        apart: bytes beside that: the CUDA context, memory of copies under way, pinned memory of the host
+        apart: bytes beside that: the CUDA context, pinned memory of the host
         keep: what each block keeps from its forward to its backward, a word of fused.KEEPS; empty off the fast path
         moment: of the step when the peak is
         recorded: whether the step runs as one CUDA graph

@@ -14,16 +14,7 @@ from torch import Tensor, nn
 
 from lora.config import LoRAConfig
 from lora.layer import adapted
-from lora.models.budget import (
-    CUBLAS,
-    Widths,
-    account,
-    graph_fits,
-    host_bytes,
-    keep_on_gpu,
-    sending_bytes,
-    widths_of,
-)
+from lora.models.budget import CUBLAS, Widths, account, graph_fits, host_bytes, keep_on_gpu, widths_of
 from lora.models.llama import Llama
 from lora.models.outline import Outline, skeleton
 from lora.quant.linear import Linear4bit
@@ -49,7 +40,7 @@ class Setup:
     gpu: bool
     card: Card
     limit: int
-    room: int | None  # bytes for tensors and copies under way; None is `limit`
+    room: int | None  # bytes for tensors, whatever the budget; None is `limit`
     host: int | None  # bytes that may be pinned on the host; None is not known
     learned: float
     pack: bool
@@ -165,12 +156,11 @@ class Planner:
         if s.keep is not None:
             keep = [s.keep] * w.blocks
         else:
-            assert s.room is not None
-            keep = keep_on_gpu(w, M, i, s.limit - base - CUBLAS, learned, s.room - base - CUBLAS, s.host)
+            keep = keep_on_gpu(w, M, i, s.limit - base - CUBLAS, learned, s.host)
         a = account(w, keep, M, i, learned)
-        small = graph.RECORD and M <= graph.TOKENS and not s.pack and set(keep) == {"all"}
+        small = graph.RECORD and M <= graph.TOKENS and not s.pack
         there = base + a.reused
-        recorded = small and graph_fits(w, M, i, s.limit - there, (s.room or s.limit) - there)
+        recorded = small and graph_fits(w, keep, M, i, s.limit - there, (s.room or s.limit) - there)
         chunk = a.chunk if a.moment == "head" else 0
         parts = {
             "4-bit weights": facts.weights4,
@@ -186,7 +176,6 @@ class Planner:
         }
         apart = {
             "CUDA context, about": CONTEXT,
-            "copies under way": sending_bytes(w, M, i) if "host" in keep else 0,
             "pinned on the host": sum(host_bytes(w, word, M, i) for word in keep),
         }
         return Found(parts, apart, tuple(keep), a.moment, recorded, "account")

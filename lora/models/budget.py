@@ -135,10 +135,10 @@ def attention_bytes(w: Widths, M: int, itemsize: int) -> int:
     return M * (4 * w.attended + 2 * itemsize * w.attended * grouped + 4 * w.heads)
 
 
-def _forward_bytes(w: Widths, keep: str, M: int, itemsize: int) -> int:
-    """Beside what blocks before this one keep."""
+def _forward_bytes(w: Widths, keep: str, before: str, M: int, itemsize: int) -> int:
+    """Beside what blocks before this one keep; what the one `before` sent away is still being copied."""
     states = max(kept_bytes(w, keep, M, itemsize), kept_bytes(w, "all", M, itemsize))
-    return states + M * itemsize * w.states
+    return states + M * itemsize * w.states + host_bytes(w, before, M, itemsize)
 
 
 def logit_rows(w: Widths, itemsize: int, learned: int) -> int:
@@ -200,36 +200,24 @@ def account(
     below, last = 0, len(keep) - 1
     moments: list[tuple[int, int, str]] = []  # kept, working, which
     for i, word in enumerate(keep):
-        moments.append((below, _forward_bytes(w, word, M, itemsize), "forward"))
+        moments.append((below, _forward_bytes(w, word, keep[i - 1] if i else "", M, itemsize), "forward"))
         below += kept_bytes(w, word, M, itemsize)
         moments.append((below, _backward_bytes(w, word, M, itemsize, i == last, i == 0, attention), "backward"))
-    moments.append((below, head_bytes(w, M, itemsize, M if learned is None else learned), "head"))
+    leaving = host_bytes(w, keep[-1], M, itemsize)
+    moments.append((below, leaving + head_bytes(w, M, itemsize, M if learned is None else learned), "head"))
     kept, working, moment = max(moments, key=lambda m: m[0] + m[1])
     chunk = itemsize * w.vocab * logit_rows(w, itemsize, M if learned is None else learned)
     return Account(kept, reused_bytes(w, M, itemsize), moment, working, chunk)
 
 
-def sending_bytes(w: Widths, M: int, itemsize: int) -> int:
-    """Freed memory that copies to the host still read: not a tensor's any more, and nobody else's yet."""
-    return M * itemsize * 3 * (w.own - w.states)
-
-
 # ---- the choice ----
 def keep_on_gpu(
-    w: Widths,
-    M: int,
-    itemsize: int,
-    free: int,
-    learned: int | None = None,
-    room: int | None = None,
-    host: int | None = None,
+    w: Widths, M: int, itemsize: int, free: int, learned: int | None = None, host: int | None = None
 ) -> list[str]:
-    """What each block keeps when tensors of a step over M tokens may take `free` bytes, all of it `room`, and pinned
-    memory `host`."""
+    """What each block keeps when tensors of a step over M tokens may take `free` bytes, and pinned ones `host`."""
 
     def fits(keep: list[str]) -> bool:
-        need = account(w, keep, M, itemsize, learned).total
-        return need <= free and (room is None or need + ("host" in keep) * sending_bytes(w, M, itemsize) <= room)
+        return account(w, keep, M, itemsize, learned).total <= free
 
     low, high = 1, w.blocks  # blocks kept whole: the last one's states would come back as soon as they are sent
     inputs = ["input_host"] * (w.blocks - 1) + ["input"]
@@ -246,12 +234,22 @@ def keep_on_gpu(
     return ["host"] * (w.blocks - low) + ["all"] * low
 
 
-def graph_fits(w: Widths, M: int, itemsize: int, free: int, room: int) -> bool:
-    """Whether a step over M tokens that keeps all, with the reused buffers there, may become a CUDA graph where tensors
-    may still take `free` bytes, and where `room` bytes of the card are free."""
-    a = account(w, ["all"] * w.blocks, M, itemsize)
+def in_8_bits(keep: Sequence[str]) -> list[str]:
+    """What blocks keep whose products are in 8 bits: all their states would cross PCIe for longer than the step takes,
+    those of every second block do not; the others are made again."""
+    return ["input_host" if word == "host" and i % 2 else word for i, word in enumerate(keep)]
+
+
+def graph_fits(w: Widths, keep: Sequence[str], M: int, itemsize: int, free: int, room: int) -> bool:
+    """Whether a step over M tokens, with the reused buffers there, may become a CUDA graph where tensors may still take
+    `free` bytes, and where `room` bytes of the card are free.
+
+    A graph holds its memory between two steps: where some of it had to be saved, a step of another shape must still
+    find as much again.
+    """
+    a = account(w, keep, M, itemsize)
     need = a.total - a.reused + CUBLAS
-    return need <= free and SPARE * need <= room
+    return need <= free and SPARE * (1 if set(keep) == {"all"} else 2) * need <= room
 
 
 def free_bytes(device: torch.device, limit: int | None = None) -> int:
@@ -268,7 +266,7 @@ class Keeping:
     Attributes:
         keep: a word of `fused.KEEPS` for all blocks, or one for each; None goes by what is free
         budget: bytes that tensors may take on the GPU in all; None is what is free
-        recordable: whether the last step ran fused with all kept on the GPU, and so fits a CUDA graph
+        recordable: whether the last step ran fused, and so can become a CUDA graph
         compute: what the frozen base's products run in, "bf16" for the dtype of the states, or "fp8"
         said: how the last step's blocks ran, and why; "" before the first
         scales8: scales of weights in 8 bits
@@ -310,21 +308,20 @@ class Keeping:
         there = sum(t.numel() * t.element_size() for t in (x, *mine().values()) if t.device == device)
         room, free = (free_bytes(device, limit) + there - 2 * CUBLAS for limit in (None, self.budget))
         host = host_room()
-        keep = keep_on_gpu(
-            w, tokens, itemsize, free, room=room, host=None if host is None else host + self.host.nbytes()
-        )
+        keep = keep_on_gpu(w, tokens, itemsize, free, host=None if host is None else host + self.host.nbytes())
         over = account(w, keep, tokens, itemsize, learned=1).total - free  # with as few logits as can be
         if over > 0 and self.budget is not None and free < room:
             raise RuntimeError(
                 f"a step over {tokens:,} tokens takes at least {(self.budget + over) / 2**30:.2f} GiB, and the budget "
                 f"is {self.budget / 2**30:.2f}; take a smaller batch, shorter rows or a larger budget"
             )
-        # in 8 bits a block is made again sooner than all its states cross PCIe: 450 ms a step instead of 590
-        return ["input_host" if self.compute == "fp8" and word == "host" else word for word in keep]
+        return in_8_bits(keep) if self.compute == "fp8" else keep
 
     def graph_fits(self, tokens: int, itemsize: int, free: int, room: int) -> bool:
-        """`graph_fits` of a step over so many tokens."""
-        return graph_fits(self.widths, tokens, itemsize, free, room)
+        """`graph_fits` of the last step, over so many tokens."""
+        w = self.widths
+        words = self.keep if isinstance(self.keep, list) else [self.keep] * w.blocks if self.keep else self.chosen[1]
+        return graph_fits(w, words or ["all"] * w.blocks, tokens, itemsize, free, room)
 
 
 def parse_bytes(text: str) -> int:

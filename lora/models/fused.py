@@ -330,6 +330,8 @@ class _Block(torch.autograd.Function):
         ctx.state = st if keeps_state else None
         if away:
             spec.host.send(layer, flat, st.own() if keeps_state else ())
+        else:
+            spec.host.settle()
         ctx.save_for_backward(None if away else x, cos, sin, *ts)
         return y.view(B, T, D)
 
@@ -382,7 +384,7 @@ def specs_of(
             raise RuntimeError(f"compute={keeping.compute!r} runs in the fused blocks only, and {why}") from None
         keeping.said = f"blocks run by the plain path: {why}"
         return None
-    keeping.recordable = all(spec.keep == "all" for spec in found)
+    keeping.recordable = True
     whole, n = sum(spec.keep == "all" for spec in found), len(found)
     kept = "all kept" if whole == n else f"{whole} kept whole, the rest as {found[0].keep!r}"
     base = "its products in 8 bits" if found[0].eights else f"its products in {str(x.dtype).removeprefix('torch.')}"

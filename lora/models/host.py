@@ -1,7 +1,8 @@
 """States of blocks in pinned memory of the host: sent while the next block computes, fetched one block ahead.
 
 Blocks are numbered in the order of the forward; `send` is called once a block going forward, `fetch` once going back.
-Buffers on the host are used again every step.
+Buffers on the host are used again every step.  What is sent is let go by the next block's call, behind a wait for the
+copy: were it left to the allocator (record_stream), a CUDA graph being recorded would never get it back.
 """
 
 import weakref
@@ -17,10 +18,11 @@ class Host:
     """What a step put away.  On a CPU it puts nothing away and gives back what it was given."""
 
     def __init__(self) -> None:
-        self.room: dict[tuple[int, int], Tensor] = {}  # (block, place) -> pinned bytes
+        self.room: dict[tuple[int, int], Tensor] = {}  # (block, place) -> pinned bytes, as many as were ever needed
         self.away: dict[int, list[Tensor]] = {}  # block -> its own tensors
         self.inputs: dict[int, Tensor] = {}  # block -> x, where it is here
         self.coming: set[int] = set()
+        self.leaving: tuple[Tensor, Sequence[Tensor]] | None = None  # x and `own` that a copy still reads
         self.stream: Any = None
 
     def send(self, block: int, x: Tensor, own: Sequence[Tensor] = ()) -> None:
@@ -32,13 +34,21 @@ class Host:
         if not x.is_cuda:
             self.inputs[block] = x.clone()
             return
+        self.settle()
         if self.stream is None:
             self.stream = torch.cuda.Stream()
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
             for i, t in enumerate((x, *own)):
                 self._pinned(block, i, t).copy_(t, non_blocking=True)
-                t.record_stream(self.stream)  # its memory is free for others when the copy is done, not before
+        self.leaving = x, own
+
+    def settle(self) -> None:
+        """Lets go of what the last `send` put away: what comes next waits for the copy, begun a block ago."""
+        if self.leaving is None:
+            return
+        (_, own), self.leaving = self.leaving, None
+        torch.cuda.current_stream().wait_stream(self.stream)
         for t in own:
             t.untyped_storage().resize_(0)
 
@@ -47,6 +57,7 @@ class Host:
         if not like.is_cuda:
             self.away.pop(block)
             return self.inputs.pop(block)
+        self.settle()
         if block not in self.coming:
             self._order(block, like, shape)
         torch.cuda.current_stream().wait_stream(self.stream)
@@ -59,7 +70,7 @@ class Host:
 
     def nbytes(self) -> int:
         """Bytes of pinned memory that are held."""
-        return sum(t.numel() * t.element_size() for t in self.room.values())
+        return sum(t.numel() for t in self.room.values())
 
     def _order(self, block: int, like: Tensor, shape: torch.Size) -> None:
         own = self.away[block]
@@ -73,15 +84,18 @@ class Host:
                 whole = torch.empty(0, dtype=t.dtype, device=t.device).set_(
                     t.untyped_storage(), t.storage_offset(), t.shape, t.stride()
                 )
-                whole.copy_(self.room[block, i], non_blocking=True)
+                whole.copy_(self._pinned(block, i, t), non_blocking=True)
         self.coming.add(block)
 
     def _pinned(self, block: int, place: int, t: Tensor) -> Tensor:
+        """The place on the host of a tensor like `t`."""
+        size = t.numel() * t.element_size()
         room = self.room.get((block, place))
-        if room is None or room.shape != t.shape or room.dtype != t.dtype:
+        if room is None or room.numel() < size:
+            del room
             self.room.pop((block, place), None)  # given back before the next is taken
-            room = self.room[block, place] = pinned(t.shape, t.dtype)
-        return room
+            room = self.room[block, place] = pinned(size)
+        return room[:size].view(t.dtype).view(t.shape)
 
 
 def host_room() -> int | None:
@@ -97,13 +111,12 @@ def host_room() -> int | None:
     return int(0.9 * min(found)) if found else None
 
 
-def pinned(shape: torch.Size, dtype: torch.dtype) -> Tensor:
-    """An empty tensor in pinned memory, as large as it is: PyTorch's own pinned tensors grow to the next power of two.
+def pinned(size: int) -> Tensor:
+    """Bytes (size,) of pinned memory, as large as asked: PyTorch's own pinned tensors grow to the next power of two.
 
     Raises RuntimeError where the system gives none.
     """
-    t = torch.empty(shape, dtype=dtype)
-    size = t.numel() * t.element_size()
+    t = torch.empty(size, dtype=torch.uint8)
     if not size:
         return t
     driver = torch.cuda.cudart()
