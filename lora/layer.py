@@ -26,6 +26,8 @@ from lora.dora import contribution, weight_change
 from lora.kernels.linear4 import Low, linears4
 from lora.quant.linear import Linear4bit, is_conv1d
 
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")  # where modules hold theirs
+
 
 class Adapted(nn.Module):
     """What the three layers share: a base, named adapters, which of them are active, an off switch."""
@@ -142,8 +144,7 @@ def together(x: Tensor, *layers: nn.Module) -> list[Tensor]:
 
 
 def is_hooked(module: nn.Module) -> bool:
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return any(hooks)
+    return any(getattr(module, name) for name in HOOKS)
 
 
 class LoRAEmbedding(Adapted):

@@ -2,17 +2,24 @@
 
 import copy
 import dataclasses
+import gc
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable
 
 import pytest
 import torch
 
 import lora
+from lora.adapter import Bias
 from lora.kernels import attend
-from lora.models import reading
+from lora.layer import adapted
+from lora.models import decode, reading
 from lora.models.decode import Decoder
 from lora.models.decoders import decoder_for
 from lora.models.generate import generate_ids
 from lora.models.llama import Llama, LlamaConfig
+from lora.models.reading import groups_of
 
 CONFIG = LlamaConfig(
     vocab_size=101, hidden_size=128, intermediate_size=192, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=32,
@@ -43,8 +50,8 @@ def another(model: Llama, name: str, r: int) -> None:
             torch.nn.init.normal_(p, std=0.3)
 
 
-def tiny(adapters: bool = True, config: LlamaConfig = CONFIG) -> Llama:
-    torch.manual_seed(3)
+def tiny(adapters: bool = True, config: LlamaConfig = CONFIG, seed: int = 3) -> Llama:
+    torch.manual_seed(seed)
     model = Llama(config)
     for p in model.parameters():
         torch.nn.init.normal_(p, mean=1.0 if p.ndim == 1 else 0.0, std=0.15)
@@ -98,6 +105,157 @@ def test_another_adapter_no_adapter_and_a_merge_are_noticed(buffered: bool) -> N
     assert base != first == generate_ids(model, PROMPTS, 12)
     lora.merge(model)
     assert generate_ids(model, PROMPTS, 12) == [by_forward(model, p, 12) for p in PROMPTS]
+
+
+def train_on(model: Llama) -> None:
+    for key, p in model.named_parameters():
+        if key.endswith(".b"):
+            p.mul_(-2)
+
+
+def put_factors_elsewhere(model: Llama) -> None:
+    for key, p in model.named_parameters():
+        if key.endswith(".b"):
+            p.data = -p.data
+
+
+def cut_a_rank_in_place(model: Llama) -> None:
+    for _, layer in adapted(model):
+        layer.adapters["default"].a.data = layer.adapters["default"].a.data[:2]
+        layer.adapters["default"].b.data = layer.adapters["default"].b.data[:, :2]
+
+
+def add_an_adapter_to(model: Llama) -> None:
+    another(model, "more", 3)
+    lora.activate(model, ["default", "more"])
+
+
+def wrap_anew(model: Llama) -> None:
+    lora.detach(model, "default")
+    another(model, "default", 9)
+
+
+def hook(model: Llama) -> None:
+    model.model.layers[1].mlp.up_proj.register_forward_hook(lambda m, x, y: 2 * y)
+
+
+def hook_a_base_whose_hooks_were_all_taken_off(model: Llama) -> None:
+    base = model.model.layers[1].mlp.up_proj.base
+    base._forward_pre_hooks = OrderedDict()
+    base.register_forward_pre_hook(lambda m, x: (2 * x[0],))
+
+
+def put_in_another_base(model: Llama) -> None:
+    model.model.layers[1].mlp.up_proj.base = (
+        tiny(adapters=False, seed=8).model.layers[1].mlp.up_proj.to(model.lm_head.weight.device)
+    )
+
+
+def put_weights_elsewhere(model: Llama) -> None:
+    layer = model.model.layers[1].mlp.down_proj.base
+    for name in ("weight", "absmax", "nested_absmax"):
+        layer._buffers[name] = layer._buffers[name].flip(0)
+    layer.nested_offset.data = 3 * layer.nested_offset.data
+
+
+def put_in_a_dense_layer(model: Llama) -> None:
+    layer = torch.nn.Linear(128, 128, bias=False, device=model.lm_head.weight.device)
+    torch.nn.init.normal_(layer.weight, std=0.15)
+    model.model.layers[0].self_attn.o_proj = layer
+
+
+def put_in_another_norm(model: Llama) -> None:
+    model.model.layers[2].input_layernorm = copy.deepcopy(model.model.layers[2].input_layernorm)
+    model.model.layers[2].input_layernorm.weight.mul_(3)
+
+
+def exchange_two_layers(model: Llama) -> None:
+    a = model.model.layers[0].mlp
+    a.gate_proj, a.up_proj = a.up_proj, a.gate_proj
+
+
+def exchange_two_blocks(model: Llama) -> None:
+    blocks = list(model.model.layers)
+    model.model.layers[0], model.model.layers[2] = blocks[2], blocks[0]
+
+
+def scale(model: Llama) -> None:
+    model.model.layers[1].mlp.gate_proj.adapters["default"].scale *= 3
+
+
+def add_a_bias(model: Llama) -> None:
+    bias = Bias(None, 192, 1.0, model.lm_head.weight.device)
+    torch.nn.init.normal_(bias.value)
+    model.model.layers[1].mlp.gate_proj.adapters["default"].bias = bias
+
+
+def merge_and_change(model: Llama) -> None:
+    lora.merge(model)
+    model.model.layers[0].mlp.up_proj.merged.weight.mul_(2)
+
+
+CHANGES: list[Callable[[Llama], object]] = [
+    train_on, put_factors_elsewhere, cut_a_rank_in_place, add_an_adapter_to, wrap_anew, hook,
+    hook_a_base_whose_hooks_were_all_taken_off, put_in_another_base, put_weights_elsewhere, put_in_a_dense_layer,
+    put_in_another_norm, exchange_two_layers, exchange_two_blocks, scale, add_a_bias, merge_and_change,
+]  # fmt: skip
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+@pytest.mark.parametrize("where", ["cpu", "gpu"])
+def test_what_changed_since_the_last_prompt_is_noticed(
+    where: str, change: Callable[[Llama], object], request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device = request.getfixturevalue("gpu") if where == "gpu" else torch.device("cpu")
+    monkeypatch.setattr(reading, "BUFFERED", {"cpu", "cuda"})
+    walked: list[int] = []
+    monkeypatch.setattr(decode, "groups_of", lambda model: walked.append(1) or groups_of(model))
+    model = tiny().to(device)
+    ids = torch.tensor([[5, 6, 7]])
+    decoder = Decoder(model, 1, 32)
+
+    def read() -> torch.Tensor:
+        got = decoder.begin(ids, torch.ones_like(ids, dtype=torch.bool)).clone()
+        torch.testing.assert_close(got, model(ids.to(device))[:, -1], rtol=1e-3, atol=1e-3)
+        return got
+
+    before = [read() for _ in range(4)]
+    assert len(walked) == 2  # the third finds all as it was
+    change(model)
+    after = [read() for _ in range(4)]
+    assert (after[0] - before[0]).abs().max() > 0.05
+    assert len(walked) <= 4 or change is add_a_bias
+
+
+@torch.no_grad()
+def test_adapters_used_before_are_known_at_a_glance(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reading, "BUFFERED", {"cpu", "cuda"})
+    walked: list[int] = []
+    monkeypatch.setattr(decode, "groups_of", lambda model: walked.append(1) or groups_of(model))
+    model = tiny()
+    another(model, "second", 7)
+    ids = torch.tensor([[5, 6, 7]])
+    decoder = Decoder(model, 1, 32)
+    for _ in range(6):
+        for name in ("default", "second"):
+            lora.activate(model, name)
+            got = decoder.begin(ids, torch.ones_like(ids, dtype=torch.bool))
+            torch.testing.assert_close(got, model(ids)[:, -1], rtol=1e-3, atol=1e-3)
+    assert len(walked) == 3 and len(decoder.known) == 2
+
+
+def test_a_detached_adapter_is_not_held(buffered: bool) -> None:
+    model = tiny()
+    decoder = Decoder(model, 1, 32)
+    ids = torch.tensor([[5, 6, 7]])
+    for _ in range(3):
+        decoder.begin(ids, torch.ones_like(ids, dtype=torch.bool))
+    held = weakref.ref(model.model.layers[0].mlp.up_proj.adapters["default"])
+    decoder.known.clear()  # on a GPU what is known is a graph, which holds nothing
+    lora.detach(model, "default")
+    gc.collect()
+    assert held() is None
 
 
 def test_adapters_are_switched_and_added_up_in_one_decoder(buffered: bool) -> None:
@@ -178,6 +336,14 @@ def test_a_trained_copy_of_a_whole_block_is_not_looked_past() -> None:
         torch.nn.init.normal_(p, std=0.4)
     assert not Decoder(model, 1, 16).plain
     assert generate_ids(model, PROMPTS, 12) == [by_forward(model, p, 12) for p in PROMPTS]
+
+
+def test_a_trained_copy_of_all_blocks_is_not_looked_past() -> None:
+    model = tiny(adapters=False)
+    lora.wrap(model, r=2, train_modules=["model"]).eval()
+    for p in model.model.adapters["default"].parameters():
+        torch.nn.init.normal_(p, mean=1.0 if p.ndim == 1 else 0.0, std=0.2)
+    assert not Decoder(model, 1, 16).plain
 
 
 def test_a_trained_norm_is_not_looked_past() -> None:

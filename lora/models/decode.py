@@ -8,9 +8,11 @@ ranks or on other layers, a merge or another shape need a recording of their own
 On a CPU the same step runs directly.
 """
 
+import functools
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,16 +20,18 @@ from torch import Tensor
 from lora.kernels.attend import attend, new_work
 from lora.kernels.choose import choose, note
 from lora.kernels.dispatch import can_overlap
-from lora.kernels.rope import rope
+from lora.kernels.rope import rope2
 from lora.kernels.scratch import mine
 from lora.models.base import Cache, CausalLM, attention, causal_mask
 from lora.models.reading import Group, Key, Reading, groups_of, key_of, plain
+from lora.models.watch import Watch
 
 ASK = 4  # tokens between two questions to a GPU whether all rows have ended
 PROMPT = 32  # prompts on a GPU are padded to a multiple of so many tokens, so that they share recordings
 RECORDED = 4096  # tokens of all prompts together, up to which launches matter
 PROMPTS = 8  # shapes of prompts recorded at once
 RECORDINGS = 4  # sets of adapters' shapes recorded at once
+KNOWN = 16  # sets of adapters whose copy is recorded
 
 
 class Recording:
@@ -36,9 +40,17 @@ class Recording:
     def __init__(self, model: Any, groups: Sequence[Group]) -> None:
         self.reading = Reading(model, groups)
         self.steps: dict[bool, tuple[torch.cuda.CUDAGraph, Tensor]] = {}  # greedy: the graph and its logits
-        self.prompts: OrderedDict[tuple[int, bool], tuple[torch.cuda.CUDAGraph, Tensor, Tensor, Tensor]] = OrderedDict()
+        self.prompts: OrderedDict[tuple[int, bool], tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = OrderedDict()
         self.seen: set[object] = set()
         self.scratch: list[Tensor] = []  # buffers that graphs write to, which others may have outgrown
+
+
+class Known(NamedTuple):
+    """A model as it was looked at before."""
+
+    look: list[object]
+    key: Key  # of its recording
+    copy: Callable[[], object]  # of its adapters' factors into that one's buffers
 
 
 class Decoder:
@@ -64,7 +76,11 @@ class Decoder:
         self.plain = plain(model)
         self.filled = 0  # slots of a row in use, by the host's count
         self.recordings: OrderedDict[Key, Recording] = OrderedDict()
-        self.pool: Any = None  # of all graphs
+        self.watch: Watch | None = None
+        self.known: list[Known] = []
+        self.graphs: weakref.WeakSet[torch.cuda.CUDAGraph] = weakref.WeakSet()  # those that hold the pool
+        self.pool: Any = None
+        self.ending: list[int] = []  # the tokens marked in `ends`
         self.asked: tuple[torch.cuda.Event, Tensor] | None = None
         if self.plain:
             angle = torch.arange(length).float()[:, None] * model.config.inv_freq().to("cpu")
@@ -85,30 +101,31 @@ class Decoder:
                 f"{self.length} tokens"
             )
         self.rows, self.asked = B, None
-        if self.plain:
-            self._find()
-        self.cache.used = 0
         room = -T % PROMPT if self.device.type == "cuda" and self.plain else 0
         if T + room + new > self.length or self.batch * (T + room) > RECORDED:
             room = 0
-        ids = torch.nn.functional.pad(ids, (room, 0, 0, self.batch - B))
-        real = torch.nn.functional.pad(real, (room, 0, 0, self.batch - B))
-        ids[B:], real[B:] = ids[:1], real[:1]  # rows to spare are as the first
-        padded = not bool(real.all())
         T += room
+        # one copy to the device: of each row where it starts, whether it is to spare, and its tokens
+        given = torch.zeros(self.batch, 2 + T, dtype=torch.int64, pin_memory=self.device.type == "cuda")
+        given[:B, 0] = (~real).sum(dim=1)
+        given[:, 0] += room
+        given[:B, 2 + room :] = ids
+        given[B:], given[B:, 1] = given[:1], 1  # rows to spare are as the first
+        padded = bool(given[:, 0].any())
+        if self.plain:
+            self._find()
+        if list(ends) != self.ending:
+            self._mark(list(ends))
+        self.cache.used = 0
         self.filled = T
-        self.at.fill_(T - 1)
-        self.start.copy_((~real).sum(dim=1))
+        self.logits = self._prompt(given, padded)
+        return self.logits[:B]
+
+    def _mark(self, ends: list[int]) -> None:
         self.ends.zero_()
         if known := [token for token in ends if 0 <= token < self.ends.numel()]:
             self.ends[torch.tensor(known, device=self.device)] = True
-        self.stopped.fill_(False)
-        self.stopped[B:] = True
-        self.bad.fill_(False)
-        ids, real = ids.to(self.device, non_blocking=True), real.to(self.device, non_blocking=True)
-        self.prompt = ids
-        self.logits = self._prompt(ids, real, padded)
-        return self.logits[:B]
+        self.ending = ends
 
     @torch.no_grad()
     def take(self, token: Tensor | None = None) -> None:
@@ -152,6 +169,8 @@ class Decoder:
 
         The answer of the question before is waited for while the GPU works on: it never runs dry.
         """
+        if not self.ending:
+            return False
         if self.device.type == "cpu":
             return bool(self.stopped.all())
         if step % ASK != ASK - 1:
@@ -185,29 +204,43 @@ class Decoder:
     # ---- recordings ----
     def _find(self) -> None:
         """The recording of the model's present state, with the factors of its active adapters."""
+        look = self.watch.look() if self.watch else None
+        if look is not None and (known := next((k for k in self.known if k.look == look), None)):
+            self.recordings.move_to_end(known.key)
+            known.copy()
+            return
         groups = groups_of(self.model)
         key = key_of(self.model, groups)
         for old in [k for k in self.recordings if k[0] != key[0]]:  # of weights that lie elsewhere now
             del self.recordings[old]
-        found = self.recordings.get(key)
-        if found is None:
+        if key in self.recordings:  # the model is used again: from the next time on, a look will do
+            self.recordings.move_to_end(key)
+            if look is None:
+                self.watch, self.known = Watch(self.model), []
+                look = self.watch.look()
+            copy: Callable[[], object] = functools.partial(self.now.reading.fill, groups)
+            if look is not None:
+                if self.device.type == "cuda":  # launches over 448 tensors take longer from Python than on a GPU
+                    copy = self._record(copy)[0].replay
+                self.known.append(Known(look, key, copy))
+            copy()
+        else:
             if len(self.recordings) == RECORDINGS:
                 self.recordings.popitem(last=False)
             self.recordings[key] = Recording(self.model, groups)
-        else:
-            found.reading.fill(groups)
-        self.recordings.move_to_end(key)
+        self.known = [k for k in self.known if k.key in self.recordings][-KNOWN:]
 
     @property
     def now(self) -> Recording:
         return next(reversed(self.recordings.values()))
 
-    def _record(self, run: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-        if not any(r.steps or r.prompts for r in self.recordings.values()):
-            self.pool = torch.cuda.graph_pool_handle()  # one whose graphs are all gone takes no other
+    def _record(self, run: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
+        if not self.graphs:  # with the last graph in it a pool is gone
+            self.pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self.pool):
             result = run()
+        self.graphs.add(graph)
         self.now.scratch += mine().values()
         return graph, result
 
@@ -230,44 +263,58 @@ class Decoder:
         graph.replay()
         return logits
 
-    def _prompt(self, ids: Tensor, real: Tensor, padded: bool) -> Tensor:
+    def _prompt(self, given: Tensor, padded: bool) -> Tensor:
+        """Prompts as `begin` lays them out on the host, into the cache; logits (B, V) of what follows."""
+        T = given.shape[1] - 2
         if not self.plain:
-            positions = (real.cumsum(dim=1) - 1).clamp(min=0)
-            h = self.model.hidden(ids, real if padded else None, positions, self.cache)
+            given = given.to(self.device, non_blocking=True)
+            real, positions = self._start(given)
+            h = self.model.hidden(self.prompt, real if padded else None, positions, self.cache)
             return self.model.logits(h[:, -1])
-        now, key = self.now, (ids.shape[1], padded)
-        if self.device.type != "cuda" or ids.numel() > RECORDED or key not in now.seen:
+        now, key = self.now, (T, padded)
+        if self.device.type != "cuda" or self.batch * T > RECORDED or key not in now.seen:
             now.seen.add(key)
-            return self._read(ids, real, padded)
+            return self._read(given.to(self.device, non_blocking=True), padded)
         if key not in now.prompts:
             if len(now.prompts) == PROMPTS:
                 now.prompts.popitem(last=False)
-            ids, real = ids.clone(), real.clone()
-            now.prompts[key] = (*self._record(lambda: self._read(ids, real, padded)), ids, real)
+            there = given.to(self.device)
+            now.prompts[key] = (*self._record(lambda: self._read(there, padded)), there)
         now.prompts.move_to_end(key)
-        graph, logits, kept_ids, kept_real = now.prompts[key]
-        kept_ids.copy_(ids)
-        kept_real.copy_(real)
+        graph, logits, there = now.prompts[key]
+        there.copy_(given, non_blocking=True)
+        self.prompt = there[:, 2:]
         graph.replay()
         return logits
 
     # ---- what is recorded ----
-    def _read(self, ids: Tensor, real: Tensor, padded: bool) -> Tensor:
+    def _start(self, given: Tensor) -> tuple[Tensor, Tensor]:
+        """The state of rows that `begin` has laid out; which of their slots are real (B, T), and their positions."""
+        self.prompt = given[:, 2:]
+        T = self.prompt.shape[1]
+        self.start.copy_(given[:, 0])
+        self.stopped.copy_(given[:, 1])
+        self.at.fill_(T - 1)
+        self.bad.fill_(False)
+        positions = torch.arange(T, device=self.device) - self.start[:, None]
+        return positions >= 0, positions.clamp(min=0)
+
+    def _read(self, given: Tensor, padded: bool) -> Tensor:
         """Prompts (B, T) through all layers into the cache; logits (B, V) of what follows."""
-        B, T = ids.shape
         c = self.model.config
-        positions = (real.cumsum(dim=1) - 1).clamp(min=0)
-        x = self.model.embed(ids)
+        real, positions = self._start(given)
+        B, T = self.prompt.shape
+        x = self.model.embed(self.prompt)
         turn = [table[positions][:, :, None].to(x.dtype) for table in (self.cos, self.sin)]  # (B, T, 1, D / 2)
         windows = {c.window(i) for i in range(c.num_layers)}
-        masks = {w: causal_mask(T, 0, real if padded else None, ids.device, w) for w in windows}
+        masks = {w: causal_mask(T, 0, real if padded else None, self.device, w) for w in windows}
         self.cache.used = 0
 
         def attend_all(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             q, k, v = (t.view(B, T, -1, c.head_dim) for t in (q, k, v))
-            q, k = rope(q, *turn).transpose(1, 2), rope(k, *turn).transpose(1, 2)  # (B, H, T, D)
-            k, v = self.cache.extend(layer, k, v.transpose(1, 2))
-            return attention(q, k, v, masks[c.window(layer)]).transpose(1, 2).reshape(B * T, -1)
+            q, k = rope2(q, k, *turn)
+            k, v = self.cache.extend(layer, k.transpose(1, 2), v.transpose(1, 2))  # (B, H, T, D)
+            return attention(q.transpose(1, 2), k, v, masks[c.window(layer)]).transpose(1, 2).reshape(B * T, -1)
 
         h = self.now.reading.forward(x.view(B * T, -1), attend_all)
         return self.model.lm_head(h.view(B, T, -1)[:, -1])
@@ -295,7 +342,9 @@ class Decoder:
             T = self.prompt.shape[1]
             ids = torch.cat((self.prompt, self.out[:, T : used + 1]), dim=1)
             self.cache.used = 0
-            return self._prompt(ids, real, not bool(real.all()))
+            positions = (real.cumsum(dim=1) - 1).clamp(min=0)
+            h = self.model.hidden(ids, None if bool(real.all()) else real, positions, self.cache)
+            return self.model.logits(h[:, -1])
         positions = (used - self.start)[:, None]
         h = self.model.hidden(self.token[:, None], real, positions, self.cache)
         return self.model.logits(h[:, -1])

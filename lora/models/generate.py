@@ -6,6 +6,7 @@ prompt's own first token, so that a row gives the same tokens alone and in a bat
 
 import itertools
 from collections.abc import Sequence
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from lora.models.base import CausalLM, refuse_encoder
 from lora.models.decoders import decoder_for
 from lora.models.tokenizer import Tokenizer
+from lora.models.watch import every
 from lora.rows import given_in
 
 Prompt = str | Sequence[dict[str, Any]] | dict[str, Any]
@@ -99,7 +101,7 @@ def generate_ids(
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # neighbours in length pad each other least
     made: list[list[int]] = [[] for _ in prompts]
     was_training = model.training
-    if any(module.training for module in model.modules()):  # to say so to a thousand modules takes as long as a token
+    if any(map(attrgetter("training"), every(model))):  # to say so to a thousand modules takes as long as a token
         model.eval()
     try:
         for start in range(0, len(order), batch):

@@ -22,11 +22,12 @@ from lora.kernels.gemv4 import can_gemv4, gemv4_group
 from lora.kernels.linear4 import linears4
 from lora.layer import Adapted, LoRALinear, adapted, is_hooked, together
 from lora.models.base import CausalLM
-from lora.models.llama import MLP, Attention, Block, Llama, RMSNorm
+from lora.models.llama import MLP, Attention, Block, Layers, Llama, RMSNorm
+from lora.models.watch import every
 from lora.quant.linear import Linear4bit
 
 BUFFERED = {"cuda"}  # devices on which factors are copied into buffers; on a CPU nothing is recorded
-AT_ONCE = 64  # factors copied in one launch: their products with the scales take memory until then
+AT_ONCE = 64  # adapters of layers copied at once: their products with the scales take memory until then
 MOST_RANK = 128  # of a layer's adapters together, up to which they ride in the product of its base
 
 Key = tuple[object, object]
@@ -36,10 +37,12 @@ Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # layer, q, k, v (M, H
 def plain(model: CausalLM) -> bool:
     """Whether what is read here is the model's own: Llama's blocks as they are.
 
-    A whole attention or MLP may have been replaced by a trained copy, which this would look past.  Adapters by row
+    Attention, MLP or all blocks may have been replaced by a trained copy, which this would look past.  Adapters by row
     count the rows of a batch, which are laid end to end here.
     """
-    if type(model) is not Llama or any(isinstance(m, Adapted) and m.by_row is not None for m in model.modules()):
+    if type(model) is not Llama or type(model.model) is not Layers:
+        return False
+    if any(isinstance(m, Adapted) and m.by_row is not None for m in every(model)):
         return False
     return all((type(b), type(b.self_attn), type(b.mlp)) == (Block, Attention, MLP) for b in model.model.layers)  # type: ignore[union-attr]
 
@@ -173,45 +176,20 @@ class Reading:
         self.model = model
         self.blocks = list(model.model.layers)
         self.factors = [Factors(group, self.dtype, self.device) for group in groups]
-        self.ranks: list[int] = []  # of each adapter of each layer, as the slots were made for
-        self.slots: list[Tensor] = []
-        self.copied: object = None  # where the factors lay that were copied last, and their scales
-        self.copying: torch.cuda.CUDAGraph | None = None
         self.fill(groups)
 
     def fill(self, groups: Sequence[Group]) -> None:
         """Copies the factors of the adapters that are active now: 0.3 ms for 42 M values on an H100.
 
-        What is copied the second time is recorded: 14 launches over 448 tensors take longer from Python than on a GPU.
         Nothing is skipped: a recorded training step changes factors without a trace that could be looked for.
         """
-        parts = [part for group in groups for part in group.parts or ()]
-        factors = [a.low() for part in parts for a in part.adapters]
-        ranks = [r for part in parts for r in (-1, *part.ranks)]  # -1: a layer begins
-        if ranks != self.ranks:
-            slots = [f.slots(group) for f, group in zip(self.factors, groups, strict=True)]
-            self.slots, self.ranks, self.copied = [t for some in slots for t in some], ranks, None
-        what = [t for a, b, _ in factors for t in (a, b)]
-        times = [t for _, _, scale in factors for t in (scale, 1.0)]
-        if self.device.type != "cuda":
-            self._copy(what, times)
-            return
-        places = [(t.data_ptr(), t.dtype, t.stride()) for t in what], times
-        if places != self.copied:
-            self._copy(what, times)
-            self.copied, self.copying = places, None
-            return
-        if self.copying is None:
-            self.copying = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.copying):
-                self._copy(what, times)
-        self.copying.replay()
-
-    def _copy(self, what: list[Tensor], times: list[float]) -> None:
-        for i in range(0, len(what), AT_ONCE):
-            some = slice(i, i + AT_ONCE)
-            # the product is float32, and rounded once
-            torch._foreach_copy_(self.slots[some], torch._foreach_mul(what[some], times[some]))
+        slots = [t for f, group in zip(self.factors, groups, strict=True) for t in f.slots(group)]
+        lows = [a.low() for group in groups for part in group.parts or () for a in part.adapters]
+        for i in range(0, len(lows), AT_ONCE):
+            a, b, scales = zip(*lows[i : i + AT_ONCE], strict=True)
+            to = slots[2 * i : 2 * (i + AT_ONCE)]
+            torch._foreach_copy_(to[::2], torch._foreach_mul(a, scales))  # a product in float32, rounded once
+            torch._foreach_copy_(to[1::2], b)
 
     def forward(self, x: Tensor, attend: Attend, early: bool = False) -> Tensor:
         """The states (M, d) that the head reads, of embedded tokens x (M, d).
