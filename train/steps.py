@@ -147,6 +147,7 @@ class Steps:
         _, group = next(endless(self.examples, self.config.batch, self.config.accumulate, self.config.seed))
         self.model.eval()
         parts = [token_nll(self.model, collate(part, PAD).to(self.device))[0].double() for part in group]
+        self.model.train()
         return torch.cat(parts).mean().item()
 
     def _leave(self, log: Log, write: bool) -> Interrupted:
