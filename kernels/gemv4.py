@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lora.kernels._triton import tl, triton
-from lora.kernels.code4 import Low, Weight4
+from lora.kernels.code4 import Low, Weight4, check4
 from lora.kernels.dispatch import INTERPRETED, launch_early, use_triton
 from lora.kernels.gemv4_kernel import gemv4_kernel
 from lora.kernels.op import op
@@ -191,6 +191,7 @@ def gemv4_group(
     for w in weights:
         if w.shape[0] * K > 2 * w.q.numel():
             raise ValueError(f"a weight of shape {w.shape} in {w.q.numel()} bytes of codes: wanted N K / 2 bytes")
+        check4(w.q, w.scales, w.block, w.shape[0] * K)
     kinds = {(len(w.scales), w.block) for w in weights}
     if len(kinds) > 1:
         raise ValueError(f"one launch takes weights of one kind, and these have (scales, block) {sorted(kinds)}")

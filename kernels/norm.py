@@ -300,7 +300,7 @@ def rms_norm_forward(
     d = x.shape[-1]
     if w.shape != (d,):
         raise ValueError(f"RMSNorm over rows of {d} values got a weight {tuple(w.shape)}; it must be ({d},)")
-    if not use_triton(x, w, *(() if residual is None else (residual,))):
+    if not use_triton(x, w, *(t for t in (residual, out) if t is not None)):
         s = x if residual is None else x + residual
         y, r = _forward_ref(s, w, eps)
         return (y if out is None else out.copy_(y)), s, r

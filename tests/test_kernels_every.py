@@ -39,6 +39,7 @@ from lora.kernels import (
 )
 from lora.kernels import gate as gate_file
 from lora.kernels.linear4 import Weight4, linears4
+from lora.kernels.op import Op
 from lora.quant.codebook import codebook, dynamic_map
 from lora.quant.weight import Packed, quantize_tensor
 
@@ -140,12 +141,13 @@ def rms_norm(put: Put) -> Call:
 @case
 def rms_norm_add(put: Put) -> Call:
     x, residual, w = put(half(5, 33)), put(half(5, 33)), put(half(33))
-    dx = put(half(5, 33))
+    dx, wide = put(half(5, 33)), put(half(5, 40))
 
     def call() -> list[Tensor]:
         y, s, r = norm.rms_norm_forward(x, residual, w, 1e-5)
+        norm.rms_norm_forward(x, residual, w, 1e-5, wide[:, :33])
         norm.rms_norm_backward_into(y, y, s, w, r, dx)
-        return [y, s, r, dx]
+        return [y, s, r, dx, wide]
 
     return call
 
@@ -473,6 +475,32 @@ def test_a_wish_for_triton_where_it_cannot_run_is_refused(
     monkeypatch.setattr(dispatch, "INTERPRETED", False)
     with pytest.raises(RuntimeError, match="LORA_KERNELS=triton, but the tensors are on cpu; move them to a GPU"):
         call()
+
+
+def test_every_operator_writes_what_it_says_and_has_a_fake(
+    triton_device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each is called here as the cases call it: by what tracers and the compiler see of it."""
+    calls: dict[Op, tuple[Any, ...]] = {}
+    plain = Op.__call__
+
+    def note(self: Op, *args: Any) -> Any:
+        calls.setdefault(self, torch.utils._pytree.tree_map_only(Tensor, Tensor.clone, args))
+        return plain(self, *args)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Op, "__call__", note)
+        for make in CASES.values():
+            if not (make in PTX and dispatch.INTERPRETED):
+                make(lambda t: t.to(triton_device))()
+    for op, args in calls.items():
+        eight = any(
+            getattr(t, "dtype", None) == torch.float8_e4m3fn for t in args
+        )  # torch's own check cannot compare them
+        torch.library.opcheck(op.registered, args, test_utils=("test_schema", "test_faketensor")[eight:])
+    all_ops = {op for module in modules() for op in vars(module).values() if isinstance(op, Op)}
+    left = {op.registered._name for op in all_ops - set(calls)}
+    assert left == ({"gemv4", "token4", "down"} if dispatch.INTERPRETED else set())  # those written in PTX
 
 
 def modules() -> list[ModuleType]:

@@ -241,6 +241,22 @@ def test_gemv4_errs_less_than_a_rounded_weight(
     assert torch.equal(got, call(x, p))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("N", "K", "double"), [(512, 1024, True), (72, 4096, False)])
+def test_any_number_of_rows_errs_no_more_than_a_product_with_the_rounded_weight(
+    gpu: torch.device, dtype: torch.dtype, N: int, K: int, double: bool
+) -> None:
+    p = packed(N, K, double, gpu)
+    rounded = p.dequantize(dtype)
+    for M in [*range(1, 68), 96, 256]:  # beyond MOST_ROWS the weight is decoded
+        x = torch.randn(M, K, device=gpu).to(dtype)
+        (got,) = linears4(x, [weight(p)], [None], [None])
+        want, _ = exact(x, p)
+        error, plain = ((y.double() - want).norm() for y in (got, x @ rounded.T))
+        assert error <= 1.1 * plain, M
+        assert torch.equal(got, linears4(x, [weight(p)], [None], [None])[0])
+
+
 @pytest.mark.parametrize("plan", [(1, 4, 2, 2, 4), (2, 2, 3, 0, 4), (2, 1, 4, 4, 8), (1, 1, 5, 1, 16)], ids=str)
 @pytest.mark.parametrize(("N", "K", "M"), [(72, 1088, 3), (130, 512, 11)])
 def test_gemv4_is_right_by_any_plan(
@@ -328,6 +344,35 @@ def test_gemv4_takes_or_refuses_what_begins_anywhere(triton_device: torch.device
     assert not can_gemv4(whole, q, 64, 64)
     with pytest.raises(ValueError, match="16 bytes"):
         gemv4(whole, weight(p)._replace(q=q))
+
+
+def test_rows_that_lie_apart_or_across_are_right_or_refused(triton_device: torch.device) -> None:
+    p = packed(16, 64, False, triton_device)
+    wide = torch.randn(64, 6, device=triton_device).half()
+    for x in (wide.T, torch.randn(3, 80, device=triton_device).half()[:, 7:71]):
+        assert torch.equal(linears4(x, [weight(p)], [None], [None])[0], call(x.contiguous(), p))
+        with pytest.raises(ValueError, match="wanted contiguous rows"):
+            call(x, p)
+
+
+@pytest.mark.parametrize("double", [False, True])
+def test_bytes_and_scales_that_do_not_fit_are_refused(triton_device: torch.device, double: bool) -> None:
+    w = weight(packed(16, 128, double, triton_device))
+    x = torch.randn(3, 128, device=triton_device).half()
+
+    def refuses(match: str, **changes) -> None:
+        for call in (
+            lambda: gemv4(x, w._replace(**changes)),
+            lambda: linears4(x, [w._replace(**changes)], [None], [None]),
+        ):
+            with pytest.raises(ValueError, match=match):
+                call()
+
+    refuses(r"scales\[0\] holds 31", scales=(w.scales[0][:31], *w.scales[1:]))
+    refuses(r"scales\[0\] holds 32 of torch.float16", scales=(w.scales[0].half(), *w.scales[1:]))
+    refuses("2 tensors of scales", scales=(w.scales[0], w.scales[0]))
+    refuses("q is torch.int8", q=w.q.view(torch.int8))
+    refuses("block=96", block=96)
 
 
 def test_gemv4_writes_its_own_rows_only(triton_device: torch.device) -> None:

@@ -17,7 +17,7 @@ from lora.layer import adapted
 from lora.models import decode, reading
 from lora.models.decode import Decoder
 from lora.models.decoders import decoder_for
-from lora.models.generate import generate_ids
+from lora.models.generate import generate_ids, pick
 from lora.models.llama import Llama, LlamaConfig
 from lora.models.reading import groups_of
 
@@ -369,6 +369,40 @@ def test_the_gpu_gives_the_tokens_of_the_cpu_in_float32(gpu: torch.device, famil
     assert generate_ids(model, PROMPTS, 40) == want
     moved = copy.deepcopy(model)
     assert generate_ids(moved, PROMPTS, 40) == want and decoder_for(moved, 3, 48) is not decoder
+
+
+def test_up_to_64_rows_give_the_tokens_of_each_alone(gpu: torch.device) -> None:
+    model = tiny()
+    prompts = [[(7 * i + j) % 100 for j in range(1 + i % 5)] for i in range(64)]
+    alone = [generate_ids(model, [prompt], 10)[0] for prompt in prompts]
+    model.to(gpu)
+    for batch in (1, 2, 3, 8, 17, 64):
+        for _ in range(3):  # at once, recorded, replayed
+            assert generate_ids(model, prompts[:batch], 10, batch=batch) == alone[:batch]
+
+
+@torch.no_grad()
+def test_neither_a_prompt_nor_a_token_waits_for_the_gpu(gpu: torch.device) -> None:
+    model = tiny().to(gpu)
+    ids = torch.tensor([[5, 6, 7], [8, 9, 10]])
+    real = torch.ones_like(ids, dtype=torch.bool)
+    real[1, 0] = False
+    decoder = Decoder(model, 2, 64)
+    draw = torch.Generator(gpu).manual_seed(1)
+    for turn in range(4):
+        if turn == 3:
+            torch.cuda.set_sync_debug_mode("error")
+        try:
+            decoder.begin(ids, real, [17], 20)
+            decoder.take()
+            for i in range(6):
+                decoder.ended(i)
+                decoder.step(greedy=True)
+            for _ in range(6):
+                decoder.take(pick(decoder.step(), 0.7, 20, 0.9, draw))
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert len(decoder.written(13)[0]) == 13
 
 
 def test_a_row_in_shares_gives_the_tokens_of_the_cpu(gpu: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
