@@ -102,11 +102,14 @@ def errors(model: Llama, data: list[Batch]) -> tuple[dict[str, Any], list[dict[s
     """
     wide, low = copy.deepcopy(model).double(), copy.deepcopy(model)
     squares: dict[str, dict[str, float]] = {"truth": {}, "plain": {}, "fused": {}}  # of each tensor, or of its error
+    batches: dict[str, list[float]] = {"plain": [], "fused": []}  # error of each batch: one may be all of the sum
     for batch in data:
         truth = gradients(wide, batch, fused=False)
         add(squares["truth"], truth)
         for name, fused in (("plain", False), ("fused", True)):
-            add(squares[name], {n: g - truth[n] for n, g in gradients(low, batch, fused).items()})
+            off = {n: g - truth[n] for n, g in gradients(low, batch, fused).items()}
+            batches[name].append((length2(off) / length2(truth)) ** 0.5)
+            add(squares[name], off)
     size, plain, fast = (sum(each.values()) for each in squares.values())
     own = {
         name: {n: (e / squares["truth"][n]) ** 0.5 for n, e in squares[name].items() if squares["truth"][n]}
@@ -117,6 +120,8 @@ def errors(model: Llama, data: list[Batch]) -> tuple[dict[str, Any], list[dict[s
         "plain": (plain / size) ** 0.5, "fused": (fast / size) ** 0.5, "ratio": (fast / plain) ** 0.5,
         "plain_median": statistics.median(own["plain"].values()),
         "fused_median": statistics.median(own["fused"].values()),
+        "plain_batches": [statistics.median(batches["plain"]), max(batches["plain"])],
+        "fused_batches": [statistics.median(batches["fused"]), max(batches["fused"])],
         "ratio_median": ratios[len(ratios) // 2], "ratio_worst": ratios[-1], "tensors": len(ratios),
         "batches": len(data),
     }  # fmt: skip
@@ -134,6 +139,10 @@ def errors(model: Llama, data: list[Batch]) -> tuple[dict[str, Any], list[dict[s
         for n in first
     ]  # fmt: skip
     return found, rows
+
+
+def length2(tensors: dict[str, Tensor]) -> float:
+    return sum(float(t.square().sum()) for t in tensors.values())
 
 
 def add(sums: dict[str, float], tensors: dict[str, Tensor]) -> None:
@@ -205,7 +214,7 @@ def main() -> None:
         d = (a - b).abs()
         found[name] = {"mean": float(d.mean()), "largest": float(d.max()), "bias": float((a - b).mean())}
     for key, value in found.items():
-        print(f"{key:18s}", "  ".join(f"{k} {v:.3g}" for k, v in value.items()), flush=True)
+        print(f"{key:18s}", "  ".join(f"{k} {shown(v)}" for k, v in value.items()), flush=True)
     for when, rows in tensors.items():
         print(
             f"largest errors of gradients {when}: share of all gradients, of each path's error; own error", flush=True
@@ -220,6 +229,11 @@ def main() -> None:
     (args.out / "parity-gpu.json").write_text(json.dumps(document) + "\n")
     write_curves(args.out / "parity-gpu.png", curves)
     print(json.dumps({k: v for k, v in document.items() if k not in ("curves", "tensors")}))
+
+
+def shown(value: float | list[float]) -> str:
+    """A number, or the median and the largest of several."""
+    return f"{value[0]:.3g} to {value[1]:.3g}" if isinstance(value, list) else f"{value:.3g}"
 
 
 def lowered(model: Llama, dtype: torch.dtype) -> Llama:
