@@ -17,7 +17,7 @@ import lora
 from lora.train.checkpoint import checkpoints
 from lora.train.guard import Interrupted
 from lora.train.steps import Steps
-from lora.train.verify import verify
+from lora.train.verify import ORDER, _why, verify
 
 TIMES = ("tokens_per_second", "train_runtime", "train_samples_per_second", "train_steps_per_second", "eval_runtime",
          "eval_samples_per_second", "eval_steps_per_second")  # fmt: skip
@@ -417,3 +417,16 @@ def test_verify_repeats_a_run_and_finds_what_was_changed(whole: Path, stories: P
         assert not verdict.equal and "the weights after step 6 are not" in verdict.sentence
     finally:
         torch.set_num_threads(torch_threads)
+
+
+def test_a_difference_on_a_gpu_says_what_adds_up_in_no_fixed_order() -> None:
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert _why([], cpu) == "; the environment is the same"
+    assert _why(["torch: 1, now 2"], gpu) == f"; since the run torch: 1, now 2{ORDER}"
+    assert BACKENDS[0] in backends()
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert _why([], gpu) == "; the environment is the same"
+        assert backends() == BACKENDS[1:]  # without cuDNN's
+    finally:
+        torch.use_deterministic_algorithms(False)
