@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 import lora
+from lora.models.base import BACKENDS, backends
 from lora.train.checkpoint import checkpoints
 from lora.train.guard import Interrupted
 from lora.train.steps import Steps
