@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 import lora
-from lora.models.base import BACKENDS, backends
+from lora.models.bits import BACKENDS, backends
 from lora.train.checkpoint import checkpoints
 from lora.train.guard import Interrupted
 from lora.train.steps import Steps
@@ -60,7 +60,7 @@ import os, signal, sys, json
 from pathlib import Path
 from test_train_resume import DATA, config, fresh
 import lora, lora.train.checkpoint, lora.train.steps, lora.train.log, shutil, torch
-stories, out, when, nth, resume = sys.argv[1:]
+stories, out, when, nth, resume, more = sys.argv[1:]
 torch.set_num_threads(1)
 owner, name = {
     "micro": (lora.train.steps.Steps, "_backward"),
@@ -89,15 +89,16 @@ setattr(owner, name, deadly)
 if when == "prune":
     lora.train.steps.prune = deadly
 model, tokenizer = fresh(Path(stories))
-how = {"resume": out} if resume == "yes" else {"config": config(Path(out))}
+how = {"resume": out} if resume == "yes" else {"config": config(Path(out), **json.loads(more))}
 lora.fit(model, tokenizer, DATA, DATA[:3], **how)
 """
 
 
-def process(stories: Path, out: Path, when: str, nth: int, resume: bool) -> int:
+def process(stories: Path, out: Path, when: str, nth: int, resume: bool, **more: Any) -> int:
     root = Path(__file__).parents[1]
     env = os.environ | {"PYTHONPATH": f"{root}{os.pathsep}{root / 'tests'}"}
     words = [sys.executable, "-P", "-c", SCRIPT, str(stories), str(out), when, str(nth), "yes" if resume else "no"]
+    words.append(json.dumps(more))
     done = subprocess.run(words, env=env, capture_output=True, text=True)
     assert done.returncode in (0, -signal.SIGKILL), done.stderr
     return done.returncode
@@ -132,6 +133,16 @@ def test_a_run_killed_again_and_again_goes_on(whole: Path, stories: Path, tmp_pa
         assert process(stories, out, when, nth, True) == -signal.SIGKILL
     assert process(stories, out, "never", 1, True) == 0
     same(out, whole)
+
+
+def test_a_killed_run_of_packed_rows_goes_on_to_the_same_bytes(stories: Path, tmp_path: Path) -> None:
+    packs: dict[str, Any] = {"pack": True, "max_length": 32, "batch": 1, "accumulate": 2}
+    assert process(stories, tmp_path / "whole", "never", 1, False, **packs) == 0
+    for when, nth in (("micro", 6), ("save", 3)):  # in the middle of an accumulation, and of a checkpoint
+        out = tmp_path / when
+        assert process(stories, out, when, nth, False, **packs) == -signal.SIGKILL
+        assert process(stories, out, "never", 1, True) == 0
+        same(out, tmp_path / "whole")
 
 
 # ---- signals ----
@@ -422,12 +433,22 @@ def test_verify_repeats_a_run_and_finds_what_was_changed(whole: Path, stories: P
 
 def test_a_difference_on_a_gpu_says_what_adds_up_in_no_fixed_order() -> None:
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
-    assert _why([], cpu) == "; the environment is the same"
-    assert _why(["torch: 1, now 2"], gpu) == f"; since the run torch: 1, now 2{ORDER}"
-    assert BACKENDS[0] in backends()
-    torch.use_deterministic_algorithms(True)
-    try:
-        assert _why([], gpu) == "; the environment is the same"
-        assert backends() == BACKENDS[1:]  # without cuDNN's
-    finally:
-        torch.use_deterministic_algorithms(False)
+    assert _why([], cpu, config(Path("x"))) == "; the environment is the same"
+    assert _why(["torch: 1, now 2"], gpu, config(Path("x"))) == f"; since the run torch: 1, now 2{ORDER}"
+    assert _why([], gpu, config(Path("x"), deterministic=True)) == "; the environment is the same"
+
+
+def test_a_deterministic_run_asks_torch_for_the_same_bits_and_takes_nothing_back(stories: Path, tmp_path: Path) -> None:
+    seen: list[tuple[bool, bool]] = []
+
+    def sink(entry: dict[str, Any]) -> None:
+        if "loss" in entry:
+            seen.append((torch.are_deterministic_algorithms_enabled(), BACKENDS[0] in backends()))
+
+    for wanted in (True, False):
+        model, tokenizer = fresh(stories)
+        settings = config(tmp_path / str(wanted), max_steps=1, deterministic=wanted)
+        lora.fit(model, tokenizer, DATA, config=settings, sinks=[sink])
+        assert not torch.are_deterministic_algorithms_enabled()
+        assert torch.utils.deterministic.fill_uninitialized_memory
+    assert seen == [(True, False), (False, True)]  # without cuDNN's attention, and with it

@@ -52,6 +52,8 @@ class TrainConfig:
             what is free
         compute: what the frozen base's products run in: bf16, that is the dtype of the states; or fp8, for Hopper GPUs
             and newer: faster, and each product errs by some 3 % (README says what that does to the loss)
+        deterministic: the same bits from every run on a GPU too, by flash attention instead of cuDNN's, whose backward
+            adds up in no fixed order: a few per cent slower; on a CPU all runs are so
         progress: show a progress bar, or a line a log entry where there is no terminal
         pack: put several texts into each row of max_length tokens, without their seeing each other; `batch` then
             counts such rows
@@ -92,6 +94,7 @@ class TrainConfig:
     progress: bool = True
     budget: str | None = None
     compute: Literal["bf16", "fp8"] = "bf16"
+    deterministic: bool = False
     # data
     pack: bool = False
     overlong: str = "error"

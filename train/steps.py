@@ -20,6 +20,7 @@ from lora.batch import Pack
 from lora.eval.evaluate import Result, evaluate
 from lora.eval.nll import row_nll, token_nll
 from lora.files import write_text
+from lora.models.bits import same_bits
 from lora.models.llama import Llama
 from lora.models.tokenizer import Tokenizer
 from lora.render import Batch, Example, collate
@@ -103,7 +104,7 @@ class Steps:
         begin, before = time.perf_counter(), self.progress.wall
         entry: dict[str, Any] | None = None
         self.model.train()
-        with self.signals, recomputed(self.model, config.recompute):
+        with self.signals, same_bits(config.deterministic), recomputed(self.model, config.recompute):
             if config.probe:
                 self.probe()
             if write and config.save_every and not self.progress.step:

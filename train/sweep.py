@@ -26,6 +26,7 @@ from lora.files import refuse_filled
 from lora.kernels.scratch import keep_pages
 from lora.layer import LoRALinear, adapted
 from lora.models.base import refuse_encoder
+from lora.models.bits import same_bits
 from lora.models.llama import FUSED, Llama
 from lora.models.tokenizer import Tokenizer
 from lora.render import collate
@@ -97,7 +98,7 @@ def sweep(
     keep_pages()
     begin = time.perf_counter()
     signals, device = Signals(), optimizers[0].w.device
-    with signals:
+    with signals, same_bits(config.deterministic):
         with Log(out / "log.jsonl" if out else None, steps, config.progress, device=device) as log:
             results = _train(model, examples, members, stack, optimizers, steps, config, signals, log)
         with contextlib.suppress(Stopped), signals.at_once():

@@ -17,8 +17,8 @@ from lora.train.loop import prepare
 
 # Said of a difference on a GPU
 ORDER = (
-    "; on a GPU cuDNN's attention adds up a gradient in no fixed order: after "
-    "torch.use_deterministic_algorithms(True), in the run and here, flash attention does it in one"
+    "; on a GPU cuDNN's attention adds up a gradient in no fixed order: a run with deterministic=True takes flash "
+    "attention, which does it in one"
 )
 _COMPARED = ("loss", "grad_norm", "learning_rate", "mean_token_accuracy", "num_tokens", "epoch")
 
@@ -78,12 +78,14 @@ def verify(
     if said is None:
         return Verdict(True, f"steps {start + 1} to {end} repeated with the same bits", start + 1, end)
     changed = differences(certificate["environment"], environment(again.device))
-    return Verdict(False, f"steps {start + 1} to {end} differ: {said}{_why(changed, again.device)}", start + 1, end)
+    return Verdict(
+        False, f"steps {start + 1} to {end} differ: {said}{_why(changed, again.device, config)}", start + 1, end
+    )
 
 
-def _why(changed: list[str], device: torch.device) -> str:
+def _why(changed: list[str], device: torch.device, config: TrainConfig) -> str:
     why = f"; since the run {'; '.join(changed)}" if changed else "; the environment is the same"
-    return why + ORDER * (device.type == "cuda" and not torch.are_deterministic_algorithms_enabled())
+    return why + ORDER * (device.type == "cuda" and not config.deterministic)
 
 
 def _first_difference(folder: Path, log: Log, start: int) -> str | None:

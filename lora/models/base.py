@@ -9,32 +9,15 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import sdpa_kernel
 
 from lora.kernels.causal import can_causal, causal_attention
 from lora.kernels.dispatch import on_gpu
 from lora.kernels.documents import document_attention
+from lora.models.bits import backends
 from lora.models.documents import Documents
 
 Mask = Tensor | Documents | None  # which key a query sees: of causal_mask, or added to the scores; or by document
-
-# In the order of preference: cuDNN's is 1.7 times as fast as flash attention on an H100
-BACKENDS = [
-    SDPBackend.CUDNN_ATTENTION,
-    SDPBackend.FLASH_ATTENTION,
-    SDPBackend.EFFICIENT_ATTENTION,
-    SDPBackend.MATH,
-]
-
-
-def backends() -> list[SDPBackend]:
-    """BACKENDS, without cuDNN's where torch is asked for the same bits from every run.
-
-    Its backward adds up the gradient of q in no fixed order: in some runs bits of q_proj's update differ (LOG.md).
-    """
-    return [
-        b for b in BACKENDS if not (b == SDPBackend.CUDNN_ATTENTION and torch.are_deterministic_algorithms_enabled())
-    ]
 
 
 class Config(Protocol):
