@@ -452,3 +452,20 @@ def test_a_deterministic_run_asks_torch_for_the_same_bits_and_takes_nothing_back
         assert not torch.are_deterministic_algorithms_enabled()
         assert torch.utils.deterministic.fill_uninitialized_memory
     assert seen == [(True, False), (False, True)]  # without cuDNN's attention, and with it
+
+
+@pytest.mark.parametrize("pack", [False, True])
+def test_a_deterministic_run_on_a_gpu_gives_the_same_bits(
+    gpu: torch.device, stories: Path, tmp_path: Path, pack: bool
+) -> None:
+    rows = [{"prompt": "", "completion": " sat on the mat" * (20 + 7 * i)} for i in range(6)]
+    made = []
+    for name in ("one", "two"):
+        model, tokenizer = lora.load(stories, quantize="nf4", dtype="bfloat16", device=gpu)
+        torch.manual_seed(1)
+        lora.wrap(model, r=4)
+        settings = config(tmp_path / name, max_steps=4, accumulate=1, max_length=512, pack=pack, deterministic=True,
+                          overlong="cut_right")  # fmt: skip
+        lora.fit(model, tokenizer, rows, config=settings)
+        made.append((tmp_path / name / "adapter" / "adapter_model.safetensors").read_bytes())
+    assert made[0] == made[1]

@@ -32,13 +32,16 @@ def backends() -> list[SDPBackend]:
 
 @contextlib.contextmanager
 def same_bits(wanted: bool = True) -> Iterator[None]:
-    """Inside, torch takes the ways that give the same bits again, where `wanted`; where it has none it warns."""
+    """Inside, where `wanted`, torch takes ways that give the same bits again, or raises RuntimeError where it has none.
+
+    Only warned, flash attention would stay with the ways it takes else.
+    """
     if not wanted:
         yield
         return
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch asks for it; read when cuBLAS starts
     before = torch.get_deterministic_debug_mode(), filling.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.use_deterministic_algorithms(True)
     filling.fill_uninitialized_memory = False  # costs time, and nothing here reads such memory
     try:
         yield
