@@ -245,11 +245,12 @@ def report(args: argparse.Namespace) -> None:
     if args.picture:
         draw(args.picture, cases, rates)
     on = [c.pop("on") for c in cases.values()]
-    most = next(o for o in on if o["device"] == statistics.mode(o["device"] for o in on))
+    usual = statistics.mode(o["device"] for o in on)
+    most = next(o for o in on if o["device"] == usual)
     for c, o in zip(cases.values(), on, strict=True):
-        if o["device"] != most["device"]:  # losses and answers compare, seconds and memory do not
+        if o["device"] != usual:  # losses and answers compare, seconds and memory do not
             c["device"] = o["device"]
-            print(f"{c['name']} ran on {o['device']}, not on {most['device']}: its seconds are no comparison")
+            print(f"{c['name']} ran on {o['device']}, not on {usual}: its seconds are no comparison")
     finish("study", [*cases.values(), {"optimum": optimum}], args.save, most)
 
 

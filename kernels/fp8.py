@@ -13,8 +13,6 @@ within 24 steps: LOG.md, 2026-11-27).  What does not fit with j = 8 either becom
 Source: arXiv:2209.05433 (the format); row scales as in arXiv:2409.12517.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -355,7 +353,14 @@ def gate8(g: Tensor, u: Tensor, gelu: bool, out: Tensor) -> Tensor:
 
 
 def _split(
-    out: Tensor, src: Tensor, at: int, sets: str, amax: Tensor, k: float, x: Any = None, rows: Any = None
+    out: Tensor,
+    src: Tensor,
+    at: int,
+    sets: str,
+    amax: Tensor,
+    k: float,
+    x: Tensor | None = None,
+    rows: Tensor | None = None,
 ) -> None:
     n, columns = out.shape
     K = 0 if x is None else x.shape[1]

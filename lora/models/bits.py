@@ -25,13 +25,12 @@ BACKENDS = [
 
 def backends() -> list[SDPBackend]:
     """BACKENDS, without cuDNN's where torch is asked for the same bits from every run."""
-    return [
-        b for b in BACKENDS if not (b == SDPBackend.CUDNN_ATTENTION and torch.are_deterministic_algorithms_enabled())
-    ]
+    fixed = torch.are_deterministic_algorithms_enabled()
+    return [b for b in BACKENDS if not fixed or b != SDPBackend.CUDNN_ATTENTION]
 
 
 @contextlib.contextmanager
-def same_bits(wanted: bool = True) -> Iterator[None]:
+def same_bits(wanted: bool) -> Iterator[None]:
     """Inside, where `wanted`, torch takes ways that give the same bits again, or raises RuntimeError where it has none.
 
     Only warned, flash attention would stay with the ways it takes else.

@@ -21,11 +21,13 @@ _parameters, _buffers = itemgetter("_parameters"), itemgetter("_buffers")
 _layer, _update, _hooks = itemgetter("active", "off", "by_row"), itemgetter("scale", "stacked"), itemgetter(*HOOKS)
 
 
-def every(model: nn.Module) -> list[nn.Module]:
-    """All modules, those of one depth behind each other; one that stands in two places twice."""
+def every(model: nn.Module, but: type[nn.Module] | None = None) -> list[nn.Module]:
+    """All modules, those of one depth behind each other, without such as `but`; one that stands in two places twice."""
     found, level = [model], [model]
     while level:
         level = _values(filter(None, map(_inside, map(_dict, level))))
+        if but:
+            level = [m for m in level if not isinstance(m, but)]
         found += level
     return found
 
@@ -46,13 +48,8 @@ class Watch:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        held: list[nn.Module] = []
-        level = [model]
-        while level:
-            held += level
-            level = [m for m in _values(map(_inside, map(_dict, level))) if not isinstance(m, Adapter)]
-        self.held = held  # so that no other module gets the id of one of them
-        both = [(m, m.__dict__) for m in held]
+        self.held = every(model, Adapter)  # so that no other module gets the id of one of them
+        both = [(m, m.__dict__) for m in self.held]
         self.parents = [d for m, d in both if d["_modules"] or isinstance(m, nn.ModuleList | nn.ModuleDict)]
         self.named = [d for m, d in both if isinstance(m, nn.ModuleDict)]
         self.layers = [d for m, d in both if isinstance(m, Adapted)]
