@@ -13,8 +13,9 @@ into registers a warp's x is the same in every turn.
 - A look-up in one table by every thread stalls at 1.2e12 weights a second, half of what memory delivers.  Here half of
   the codes are found by byte permutes in registers (21 instructions for 8 weights, on a pipe of half rate), half in
   shared memory two at a time, from a table that lies there once for every two lanes.
-- The float32 scale of a block multiplies the block's float32 sum.  Only the codes are rounded to 16 bits, so the
-  error stays below that of a weight rounded to 16 bits.  The threads of a row decode the scale of one block each.
+- The float32 scale of a block multiplies the block's float32 sum.  Only the codes are rounded to 16 bits, stretched by
+  a factor with which their errors cancel (warp.stretch), so the error stays below that of a weight rounded to 16 bits.
+  The threads of a row decode the scale of one block each.
 - The warps' sums of a turn are added up a turn later, so that a warp waits for no other: barriers cost 10 % and more.
 
 Source: PTX ISA, mma.m16n8k16, cp.async, mbarrier; scale after the sum as in Marlin, arXiv:2408.11743.
@@ -179,7 +180,7 @@ def _multiply(
 @triton.jit
 def _finish(
     turn, begin_row, bias_and_b,
-    sums_at, flags_at, b_ptr, xa_ptr, y_ptr, M, n, column, R, r0, value, part,
+    sums_at, flags_at, b_ptr, xa_ptr, y_ptr, M, n, column, R, r0, value, part, shrink,
     N: tl.constexpr, R2: tl.constexpr, RSUM: tl.constexpr, HELD: tl.constexpr, ROWS: tl.constexpr,
     TILES: tl.constexpr, WARPS: tl.constexpr, PARTS: tl.constexpr, STRIDE: tl.constexpr, LOTS: tl.constexpr,
 ):  # fmt: skip
@@ -190,6 +191,7 @@ def _finish(
         for tile in tl.static_range(TILES):
             at = sums_at + ((turn % LOTS * ROWS + r) * TILES + tile) * (WARPS * STRIDE) + part * STRIDE + value * 4
             y = get(at) + get(at + PARTS * STRIDE) + get(at + 2 * PARTS * STRIDE) + get(at + 3 * PARTS * STRIDE)
+            y *= shrink
             m = (tl.program_id(1) * TILES + tile) * 8 + value // 4 % 4 * 2 + value % 2
             y += bias_and_b[r * (1 + HELD)]
             for i in tl.static_range(HELD):
@@ -210,7 +212,7 @@ def _finish(
 def gemv4_kernel(
     x_ptr,  # (M, K) bf16 or f16
     parts,  # for each weight: codes (N K / 2,) u8; absmax (N K / block,) f32 or, nested, u8; map (256,) f32,
-    # absmax2 (N K / block / 256,) f32, offset (1,) f32; table (2, 8, 32) i32; bias (N,); b (N, R)
+    # absmax2 (N K / block / 256,) f32, offset (1,) f32; table (2, 9, 32) i32; bias (N,); b (N, R)
     xa_ptr,  # (M, Σ R) f32, s already in it
     y_ptr,  # (M, Σ N)
     M,
@@ -288,9 +290,10 @@ def gemv4_kernel(
         absmax_ptr, absmax2_ptr, _rows(row0, n, g, ROWS, EVEN), warp, t,
         K, UNIT, RAGGED, BLOCK, NESTED,
     )  # fmt: skip
-    entry = table_ptr + HALF * 256 + lane
+    entry = table_ptr + HALF * 288 + lane
     low = (tl.load(entry), tl.load(entry + 32), tl.load(entry + 64), tl.load(entry + 96))
     high = (tl.load(entry + 128), tl.load(entry + 160), tl.load(entry + 192), tl.load(entry + 224))
+    shrink = tl.load(entry + 256).to(tl.float32, bitcast=True)  # codes are stretched
     offset = 0.0
     if NESTED:
         offset = tl.load(offset_ptr)
@@ -371,7 +374,7 @@ def gemv4_kernel(
         if turn > 0:
             _finish(
                 turn - 1, begin_row - 16 * ROWS, before,
-                sums_at, flags_at, b_ptr, xa_ptr, y_ptr, M, n, column, R, r0, value, part,
+                sums_at, flags_at, b_ptr, xa_ptr, y_ptr, M, n, column, R, r0, value, part, shrink,
                 N, R2, RSUM, HELD, ROWS, TILES, WARPS, PARTS, STRIDE, LOTS,
             )  # fmt: skip
         before = bias_and_b
@@ -382,7 +385,7 @@ def gemv4_kernel(
         turn += 1
     _finish(
         turn - 1, row0 + (turn - 1) * (16 * ROWS), before,
-        sums_at, flags_at, b_ptr, xa_ptr, y_ptr, M, n, column, R, r0, value, part,
+        sums_at, flags_at, b_ptr, xa_ptr, y_ptr, M, n, column, R, r0, value, part, shrink,
         N, R2, RSUM, HELD, ROWS, TILES, WARPS, PARTS, STRIDE, LOTS,
     )  # fmt: skip
     if M < 0:  # never: Triton has no word for shared memory, but gives a gather that of its source

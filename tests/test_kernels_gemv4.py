@@ -15,7 +15,7 @@ from lora.kernels.code4 import Weight4, byte_table
 from lora.kernels.dispatch import INTERPRETED
 from lora.kernels.gemv4 import MEMORY, can_gemv4, down, gemv4, gemv4_group, permute_table
 from lora.kernels.linear4 import linears4
-from lora.kernels.warp import PAIRS
+from lora.kernels.warp import PAIRS, stretch
 from lora.quant.weight import Packed, quantize_tensor
 
 pytestmark = pytest.mark.usefixtures("triton_device")
@@ -216,11 +216,36 @@ def exact(x: Tensor, p: Packed) -> tuple[Tensor, float]:
 def test_permute_table_holds_the_codes_as_bytes(triton_device: torch.device) -> None:
     p = packed(1, 64, False, triton_device)
     table = permute_table(p.code)
-    assert table.shape == (2, 8, 32) and (table == table[:, :, :1]).all()
+    assert table.shape == (2, 9, 32) and (table == table[:, :, :1]).all()
     for row, dtype in enumerate((torch.bfloat16, torch.float16)):
-        low, high = (half[:, 0].contiguous().view(torch.uint8) for half in table[row].split(4))
+        low, high = (half[:, 0].contiguous().view(torch.uint8) for half in table[row, :8].split(4))
         bits = torch.stack((low.flatten(), high.flatten()), dim=1).flatten().view(dtype)
-        assert torch.equal(bits, p.code.to(dtype))
+        by = stretch(p.code.double().cpu(), dtype).to(p.code.device)
+        assert 1.0 <= float(by) < 2.0
+        assert torch.equal(bits, (p.code.double() * by).to(dtype))
+        assert torch.equal(table[row, 8, :1].contiguous().view(torch.float32), (1.0 / by).float())
+
+
+@pytest.mark.parametrize("weights", ["normal", "heavy tails", "flat"])
+@pytest.mark.parametrize(("kind", "dtype", "most"), [("nf4", torch.bfloat16, 5e-6), ("nf4", torch.float16, 3e-6),
+                                                    ("fp4", torch.bfloat16, 5e-6)], ids=str)  # fmt: skip
+def test_errors_of_stretched_codes_cancel_whatever_the_weights(
+    triton_device: torch.device, kind: str, dtype: torch.dtype, most: float, weights: str
+) -> None:
+    draw = torch.randn(256, 1024) if weights == "normal" else torch.rand(256, 1024) - 0.5
+    if weights == "heavy tails":
+        draw = torch.distributions.Laplace(0.0, 1.0).sample((256, 1024))
+    p = quantize_tensor(draw.to(triton_device), kind, 64, False)
+    q, scale = p.q.view(-1).cpu().int(), p.scales[0].cpu().double()
+    codes = torch.stack((q >> 4, q & 15), dim=1).view(len(scale), 64)
+    exact = p.code.cpu().double()
+    by = stretch(exact, dtype)
+    error = (exact * by).to(dtype).double() / by - exact
+    mean = float((error[codes].sum(dim=1) * scale).sum() / (64 * scale.sum()))
+    assert abs(mean) < most  # NF4 as it is: 1.2e-4 to 2.4e-4 in bfloat16, 1e-5 in float16
+    nearest = exact.to(dtype).double() - exact
+    spread, least = (float((e[codes] ** 2).mean()) for e in (error, nearest))
+    assert spread < (2.5 if weights == "flat" else 2.0) * least
 
 
 @pytest.mark.parametrize("double", [False, True])
@@ -239,6 +264,16 @@ def test_gemv4_errs_less_than_a_rounded_weight(
     assert got.shape == (M, N) and got.dtype == dtype
     assert float((got.double() - want).norm()) <= 1.1 * rounded + 1.1 * store
     assert torch.equal(got, call(x, p))
+
+
+def test_inputs_of_one_sign_err_no_more_than_with_a_rounded_weight(gpu: torch.device) -> None:
+    for dtype, kind in ((torch.bfloat16, "nf4"), (torch.float16, "nf4"), (torch.bfloat16, "fp4")):
+        p = packed(1024, 4096, True, gpu, kind)
+        for M in (1, 8, 16):
+            x = torch.randn(M, 4096, device=gpu).abs().to(dtype)
+            want, _ = exact(x, p)
+            plain = (x @ p.dequantize(dtype).T).double()
+            assert float((call(x, p).double() - want).norm()) <= 1.1 * float((plain - want).norm()), (dtype, kind, M)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -283,7 +318,9 @@ def test_gemv4_takes_every_block_of_64_and_more(triton_device: torch.device, blo
 def test_gemv4_of_unit_vectors_reads_the_codes_out(triton_device: torch.device) -> None:
     p = packed(24, 64, False, triton_device)
     codes = torch.stack((p.q.view(-1) >> 4, p.q.view(-1) & 15), dim=1).flatten().long()
-    want = (p.code.half().float()[codes].view(-1, 64) * p.absmax()[:, None]).view(24, 64).half()
+    by = stretch(p.code.double().cpu(), torch.float16).to(p.code.device)
+    stretched = (p.code.double() * by).half().float()[codes].view(-1, 64) * p.absmax()[:, None]
+    want = (stretched * (1.0 / by).float()).view(24, 64).half()
     x = torch.eye(64, device=triton_device).half()
     assert torch.equal(torch.cat([call(x[i : i + 16], p) for i in range(0, 64, 16)]).T, want)
 
