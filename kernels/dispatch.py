@@ -79,3 +79,17 @@ def launch_early(early: bool, device: torch.device) -> dict[str, bool]:
     """Arguments of a launch that may begin before the one in front of it ends; the kernel waits by itself if EARLY."""
     early = early and can_overlap(device)
     return {"EARLY": True, "launch_pdl": True} if early else {"EARLY": False}
+
+
+@functools.cache
+def _shared_memory(index: int) -> int:
+    """Bytes of shared memory that a program may take on GPU `index`, as Triton counts them."""
+    return _triton.triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"]
+
+
+def stages(nbytes: int, device: torch.device) -> int:
+    """Steps of `nbytes` at once: three where shared memory has room for them and for what a reduction needs."""
+    if device.type != "cuda":
+        return 1
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return 3 if 3 * nbytes <= _shared_memory(index) - 2**14 else 1

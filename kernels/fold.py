@@ -30,6 +30,7 @@ from lora.kernels.gate import gate_forward
 from lora.kernels.linear4 import Weight4
 from lora.kernels.norm import rms_norm_forward
 from lora.kernels.op import op
+from lora.kernels.pair import pair, takes
 from lora.kernels.scratch import scratch
 from lora.kernels.side import blocks, diagonal, joined, rounded, spread
 
@@ -302,12 +303,14 @@ def backward(
 ):
     """dX (M, K), U (M, Σ r), by parts (k, M / k, Σ r), and db_i in turn, of dY in the first Σ N columns of dyw.
 
-    dyw is (M, Σ N + room), and its other columns are written here.  dX goes into `out` where given, is None where
-    nobody wants it (not `through`), and db_i are `dbs` where given.
+    dyw is (M, Σ N + room), and its other columns are written here: U may be a view of them.  dX goes into `out` where
+    given, is None where nobody wants it (not `through`), and db_i are `dbs` where given.
     """
     K, R, N = group.K, sum(group.ranks), sum(group.sizes)
-    dy, u = dyw[:, :N], None
-    if R and group.parts > 1:
+    dy, u, laid = dyw[:, :N], None, False
+    if R and dbs is None and group.parts == 1 and takes(dy, group.ranks):
+        dbs, u, laid = both(group, dy, t, dyw[:, N:]), dyw[:, N : N + R], True
+    elif R and group.parts > 1:
         assert t is not None
         u = _backward_parts(group, dy, t)
     elif R:
@@ -323,7 +326,7 @@ def backward(
     if room:
         if group.parts > 1 and u is not None:
             diagonal(dyw[:, N:], u)
-        else:
+        elif not laid:
             fringe(dyw[:, N:], u)
         a = stack_a(group, buffer[N:], scaled=False)
         for rows, drop in zip(a[:R].split(group.ranks), group.drop, strict=True):
@@ -354,6 +357,16 @@ def product32(a: Tensor, b: Tensor) -> Tensor:
     if a.is_cuda and a.dtype in (torch.bfloat16, torch.float16):
         return (torch.bmm if a.dim() == 3 else torch.mm)(a, b, out_dtype=torch.float32)
     return a @ b
+
+
+def both(group: Group, dy: Tensor, t: Tensor | None, out: Tensor) -> list[Tensor | None]:
+    """db_i of each layer, None without an update; U into the first columns of `out`, 0 into the others."""
+    assert t is not None
+    starts = [sum(group.sizes[:i]) for i in range(len(group.sizes))]
+    there = [(low[1].detach(), low[2], start) for low, start in zip(group.lows, starts, strict=True) if low]
+    b, scales, starts = (list(some) for some in zip(*there, strict=True))
+    dbs = iter(pair(dy, t, b, scales, starts, out))
+    return [next(dbs) if low else None for low in group.lows]
 
 
 def grad_b(group: Group, dy: Tensor, t: Tensor | None) -> list[Tensor | None]:

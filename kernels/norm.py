@@ -10,13 +10,11 @@ Bytes that must move, in tensors of M x d: forward 2, with a residual 4; backwar
 Source: arXiv:1910.07467, and transformers' LlamaRMSNorm, whose numbers it matches.
 """
 
-import functools
-
 import torch
 from torch import Tensor
 
 from lora.kernels._triton import tl, triton
-from lora.kernels.dispatch import use_triton
+from lora.kernels.dispatch import stages, use_triton
 from lora.kernels.op import op
 
 WIDEST = 65536  # values of a row: one program holds a whole row
@@ -168,20 +166,6 @@ def programs_of(blocks: int, want_dw: bool) -> int:
     return min(blocks, 132) if want_dw else blocks
 
 
-@functools.cache
-def _shared_memory(index: int) -> int:
-    """Bytes of shared memory that a program may take on GPU `index`, as Triton counts them."""
-    return triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"]
-
-
-def _stages(nbytes: int, device: torch.device) -> int:
-    """Steps of `nbytes` at once: three where shared memory has room for them and for what a reduction needs."""
-    if device.type != "cuda":
-        return 1
-    index = torch.cuda.current_device() if device.index is None else device.index
-    return 3 if 3 * nbytes <= _shared_memory(index) - 2**14 else 1
-
-
 def _rows(x: Tensor) -> Tensor:
     """x as (M, d) with neighbours of a row side by side: a view wherever there is one."""
     x = x.reshape(x.numel() // max(x.shape[-1], 1), x.shape[-1])
@@ -265,7 +249,7 @@ def _launch_backward(
             dy, added, x, w, r.contiguous(), dx, part, x.shape[0], steps,
             dy.stride(0), added.stride(0), x.stride(0), dx.stride(-2) if dx.dim() > 1 else d,
             D=d, ADD=ds is not None, DW=want_dw, ROWS=ROWS, BLOCK_D=BLOCK_D,
-            STAGES=_stages(nbytes, x.device) if want_dw else 1, num_warps=num_warps,
+            STAGES=stages(nbytes, x.device) if want_dw else 1, num_warps=num_warps,
         )  # fmt: skip
         if want_dw:
             _sum_kernel[(-(-d // 16),)](part, dw, programs, d, ROWS=64, BLOCK_D=16, num_warps=4)

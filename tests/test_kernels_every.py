@@ -33,6 +33,7 @@ from lora.kernels import (
     fp8,
     gemv4,
     norm,
+    pair,
     rope,
     side,
     swiglu,
@@ -282,6 +283,17 @@ def fringe(put: Put) -> Call:
         fold.fringe(out[:, 30:94], src, 2, bias, last=7, scale=0.5)
         fold.fringe(out[:, :30], src, 0, ones=True, last=6)
         return [out]
+
+    return call
+
+
+@case
+def thin_pair(put: Put) -> Call:
+    dyw, t, b = put(half(70, 109)), put(half(70, 8)), [put(torch.randn(n, r)) for n, r in ((33, 5), (12, 3))]
+
+    def call() -> list[Tensor]:
+        dbs = pair.pair(dyw[:, :45], t, b, [0.5, 2.0], [0, 33], dyw[:, 45:])
+        return [dyw, *dbs]
 
     return call
 
