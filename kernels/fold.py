@@ -27,12 +27,14 @@ from lora.kernels.code4 import dequantize4
 from lora.kernels.dispatch import use_triton
 from lora.kernels.dropout import Drop, dropped
 from lora.kernels.gate import gate_forward
+from lora.kernels.lay import lay
 from lora.kernels.linear4 import Weight4
 from lora.kernels.norm import rms_norm_forward
 from lora.kernels.op import op
 from lora.kernels.pair import pair, takes
 from lora.kernels.scratch import scratch
-from lora.kernels.side import blocks, diagonal, joined, rounded, spread
+from lora.kernels.side import blocks, diagonal, joined, rounded
+from lora.kernels.side import spread as spread_part
 
 ROOM = 64  # the added columns are a multiple of it, so that rows begin on 128 bytes and products get whole tiles
 
@@ -81,16 +83,13 @@ def wide(M: int, K: int, room: int, like: Tensor, use: str) -> Tensor:
 
 
 # ---- reference ----
-def _fringe_ref(
-    out: Tensor, src: Tensor | None, at: int, bias: Tensor | None, ones: bool, last: int, scale: float
-) -> None:
+def _fringe_ref(out: Tensor, src: Tensor | None, ones: bool) -> None:
     out.zero_()
+    r = 0 if src is None else src.shape[1]
     if src is not None:
-        out[:, at : at + src.shape[1]] = src if scale == 1.0 else src * scale
-    if bias is not None:
-        out[:, last] = bias
-    elif ones:
-        out[:, last] = 1.0
+        out[:, :r] = src
+    if ones:
+        out[:, r] = 1.0
 
 
 # ---- kernel ----
@@ -98,96 +97,77 @@ def _fringe_ref(
 def _fringe_kernel(
     out_ptr,  # (M, room)
     src_ptr,  # (M, r), any float
-    bias_ptr,  # (M,), read only with FILL 2
     M,
     room,
-    at,
     r,
-    last,
     out_stride_m,
     src_stride_m,
-    scale,  # of src
-    FILL: tl.constexpr,  # of column `last`: 0 nothing, 1 ones, 2 the bias
+    ONES: tl.constexpr,  # in the column behind src
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]  # (ROWS, 1)
     col = tl.arange(0, BLOCK)[None, :]  # (1, BLOCK)
-    there = (row < M) & (col >= at) & (col < at + r)
-    value = tl.load(src_ptr + row * src_stride_m + (col - at), mask=there, other=0.0).to(tl.float32) * scale
-    if FILL == 1:
-        value = tl.where(col == last, 1.0, value)
-    if FILL == 2:
-        value = tl.where(col == last, tl.load(bias_ptr + row, mask=row < M, other=0.0).to(tl.float32), value)
+    value = tl.load(src_ptr + row * src_stride_m + col, mask=(row < M) & (col < r), other=0.0).to(tl.float32)
+    if ONES:
+        value = tl.where(col == r, 1.0, value)
     tl.store(out_ptr + row * out_stride_m + col, value.to(out_ptr.dtype.element_ty), mask=(row < M) & (col < room))
 
 
 # ---- launch ----
 @op("lora::fringe", mutates=("out",))
-def _fringe_op(
-    out: Tensor, src: Tensor | None, at: int, bias: Tensor | None, ones: bool, last: int, scale: float
-) -> None:
+def _fringe_op(out: Tensor, src: Tensor | None, ones: bool) -> None:
     M, room = out.shape
     BLOCK, ROWS = blocks(room)
     r, stride = (0, 0) if src is None else (src.shape[1], src.stride(0))
     with torch.cuda.device_of(out):  # Triton launches on the current device, not on the tensors'
         _fringe_kernel[(-(-M // ROWS),)](
-            out, out if src is None else src, out if bias is None else bias, M, room, at, r, last, out.stride(0),
-            stride, scale, FILL=2 if bias is not None else int(ones), ROWS=ROWS, BLOCK=BLOCK, num_warps=4,
+            out, out if src is None else src, M, room, r, out.stride(0), stride, ONES=ones, ROWS=ROWS, BLOCK=BLOCK,
+            num_warps=4,
         )  # fmt: skip
 
 
-def fringe(
-    out: Tensor,
-    src: Tensor | None,
-    at: int = 0,
-    bias: Tensor | None = None,
-    ones: bool = False,
-    last: int = 0,
-    scale: float = 1.0,
-) -> None:
-    """Writes all of `out` (M, room): scale * src (M, r) from column `at` on, the bias (M,) or ones in `last`, else 0.
+def fringe(out: Tensor, src: Tensor | None, ones: bool = False) -> None:
+    """Writes all of `out` (M, room): src (M, r), behind it a column of ones if asked for, else 0.
 
     `out` may be columns of a wider buffer.
     """
-    if src is not None and (src.shape[0] != out.shape[0] or at + src.shape[1] > out.shape[1]):
-        raise ValueError(f"{tuple(src.shape)} from column {at} on does not fit into {tuple(out.shape)}")
+    if src is not None and (src.shape[0] != out.shape[0] or src.shape[1] + ones > out.shape[1]):
+        raise ValueError(f"{tuple(src.shape)}, and {int(ones)} more, does not fit into {tuple(out.shape)}")
     if src is not None and src.stride(1) != 1:
         src = src.contiguous()
-    if use_triton(out, *(t for t in (src, bias) if t is not None)):
-        _fringe_op(out, src, at, bias, ones, last, scale)
+    if use_triton(out, *(() if src is None else (src,))):
+        _fringe_op(out, src, ones)
     else:
-        _fringe_ref(out, src, at, bias, ones, last, scale)
+        _fringe_ref(out, src, ones)
 
 
 # ---- the parts of the products ----
-def stack_a(group: Group, out: Tensor, scaled: bool) -> Tensor:
-    """A into the first rows of `out`, times the scales if `scaled`; the rows behind it become 0."""
-    at = 0
-    if group.parts > 1:
-        at = group.parts * sum(group.ranks)
-        out[:at].unflatten(0, (group.parts, -1)).copy_(_stack_parts(group, out.dtype, scaled))
-    for low in group.lows if group.parts == 1 else ():
-        if low:
-            r = low[0].shape[0]
-            torch.mul(low[0].detach(), low[2] if scaled else 1.0, out=out[at : at + r])
-            at += r
-    if at < out.shape[0]:
-        out[at:].zero_()
-    return out
+def lay_factors(group: Group, stacked: Tensor | None, spread: Tensor | None, scale_in_a: bool) -> None:
+    """A into the first rows of `stacked`, 0 below; B and behind it the biases into `spread` (Σ N, room), else 0.
 
-
-def spread_b(group: Group, out: Tensor, scaled: bool) -> None:
-    """B, block-diagonal, and the biases behind it, into `out` (Σ N, room), zeros elsewhere; B times s if `scaled`."""
+    The scales stand in A, as T wants them, or in B, as U does: there A is what dX comes through, and 0 for a layer that
+    drops some of that first.
+    """
     if group.parts > 1:
-        _spread_parts(group, out)
+        if stacked is not None:
+            used = group.parts * sum(group.ranks)
+            stacked[:used].unflatten(0, (group.parts, -1)).copy_(_stack_parts(group, stacked.dtype, scale_in_a))
+            stacked[used:].zero_()
+        if spread is not None:
+            _spread_parts(group, spread)
         return
-    row = at = 0
-    for n, r, low, bias in zip(group.sizes, group.ranks, group.lows, group.biases, strict=True):
-        b = low[1].detach() if low else None
-        bias = None if bias is None else bias.detach()
-        fringe(out[row : row + n], b, at, bias, last=sum(group.ranks), scale=low[2] if low and scaled else 1.0)
-        row, at = row + n, at + r
+    like = stacked if stacked is not None else spread
+    assert like is not None
+    a, b, sa, sb = [], [], [], []
+    for n, low, drop in zip(group.sizes, group.lows, group.drop, strict=True):
+        a.append(low[0].detach() if low else like.new_empty(0, group.K))
+        b.append(low[1].detach() if low else like.new_empty(n, 0))
+        s = low[2] if low else 1.0
+        sa.append(s if scale_in_a else 1.0 if drop is None else 0.0)
+        sb.append(1.0 if scale_in_a else s)
+    biases = [None if bias is None else bias.detach() for bias in group.biases]
+    lay(a, b, biases, sa, sb, stacked, spread)
 
 
 # ---- adapters side by side ----
@@ -201,7 +181,7 @@ def _spread_parts(group: Group, out: Tensor) -> None:
     R, row, at = sum(group.ranks), 0, 0
     for n, r, low, bias in zip(group.sizes, group.ranks, group.lows, group.biases, strict=True):
         b = rounded(low, out.dtype, "b") if low else None
-        spread(out[row : row + n], b, at, R, group.parts, None if bias is None else bias.detach())
+        spread_part(out[row : row + n], b, at, R, group.parts, None if bias is None else bias.detach())
         row, at = row + n, at + r
 
 
@@ -226,11 +206,10 @@ def _decode(weights: Sequence[Weight4 | Tensor], out: Tensor) -> None:
         row += n
 
 
-def _low(group: Group, x: Tensor) -> Tensor:
-    """T (M, Σ r), by parts (k, M / k, Σ r), of the group's input (M, K)."""
-    if group.parts > 1:
+def _low(group: Group, x: Tensor, a: Tensor | None) -> Tensor:
+    """T (M, Σ r), by parts (k, M / k, Σ r), of the group's input (M, K) and, without parts, its s a (Σ r, K)."""
+    if a is None:
         return _runs(group, x) @ _stack_parts(group, x.dtype, scaled=True).mT
-    a = stack_a(group, torch.empty(sum(group.ranks), group.K, dtype=x.dtype, device=x.device), scaled=True)
     if not any(group.drop):
         return x @ a.T
     t = torch.empty(x.shape[0], a.shape[0], dtype=x.dtype, device=x.device)
@@ -277,14 +256,15 @@ def forward(group: Group, xw: Tensor, t: Tensor | None = None, add: Tensor | Non
     buffer = wide(N, K, room, xw, "weight")
     _decode(group.weights, buffer[:, :K])
     if room:
-        spread_b(group, buffer[:, K:], scaled=False)
+        a = xw.new_empty(R, K) if R and t is None and group.parts == 1 else None
+        lay_factors(group, a, buffer[:, K:], scale_in_a=True)
         ones = any(b is not None for b in group.biases)
         if R and t is None:
-            t = _low(group, xw[:, :K])
+            t = _low(group, xw[:, :K], a)
         if group.parts > 1 and t is not None:
             diagonal(xw[:, K:], t, ones)
         else:
-            fringe(xw[:, K:], t, ones=ones, last=R)
+            fringe(xw[:, K:], t, ones)
     if add is not None:
         y = torch.addmm(add, xw, buffer.T)
     else:
@@ -307,31 +287,28 @@ def backward(
     given, is None where nobody wants it (not `through`), and db_i are `dbs` where given.
     """
     K, R, N = group.K, sum(group.ranks), sum(group.sizes)
-    dy, u, laid = dyw[:, :N], None, False
-    if R and dbs is None and group.parts == 1 and takes(dy, group.ranks):
-        dbs, u, laid = both(group, dy, t, dyw[:, N:]), dyw[:, N : N + R], True
-    elif R and group.parts > 1:
+    dy, room, u = dyw[:, :N], dyw.shape[1] - N, None
+    once = R > 0 and dbs is None and group.parts == 1 and takes(dy, group.ranks)
+    b = wide(N, 0, room, dyw, "b") if R and group.parts == 1 and not once else None
+    buffer = wide(N + room, K, 0, dyw, "weight") if through else None
+    a = buffer[N:] if buffer is not None and room else None
+    if a is not None or b is not None:
+        lay_factors(group, a, b, scale_in_a=False)
+    if once:
+        dbs, u = both(group, dy, t, dyw[:, N:]), dyw[:, N : N + R]
+    elif b is not None:
+        u = dy @ b[:, :R]
+    elif R:
         assert t is not None
         u = _backward_parts(group, dy, t)
-    elif R:
-        b = wide(N, 0, group.room, dyw, "b")
-        spread_b(group, b, scaled=True)
-        u = dy @ b[:, :R]
     dbs = grad_b(group, dy, t) if dbs is None else dbs
-    if not through:
+    if buffer is None:
         return None, u, dbs
-    room = dyw.shape[1] - N
-    buffer = wide(N + room, K, 0, dyw, "weight")
     _decode(group.weights, buffer[:N])
-    if room:
-        if group.parts > 1 and u is not None:
-            diagonal(dyw[:, N:], u)
-        elif not laid:
-            fringe(dyw[:, N:], u)
-        a = stack_a(group, buffer[N:], scaled=False)
-        for rows, drop in zip(a[:R].split(group.ranks), group.drop, strict=True):
-            if drop is not None:
-                rows.zero_()  # what comes through this update is dropped first, below
+    if group.parts > 1 and u is not None:
+        diagonal(dyw[:, N:], u)
+    elif room and not once:
+        fringe(dyw[:, N:], u)
     if out is None:
         out = torch.empty(dyw.shape[0], K, dtype=dyw.dtype, device=dyw.device)
     torch.mm(dyw, buffer, out=out)

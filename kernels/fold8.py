@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lora.kernels import fold
-from lora.kernels.fold import Group, spread_b, stack_a
+from lora.kernels.fold import Group, lay_factors
 from lora.kernels.fp8 import (
     F8,
     TOP_FACTOR,
@@ -89,7 +89,8 @@ def _one(scale: float, n: int, like: Tensor) -> Tensor:
 def _low(group: Group, eight: Eight, x: Rounded, like: Tensor) -> Tensor:
     """T (M, Σ r) of the rounded input, by the same kind of product."""
     R, K = sum(group.ranks), group.K
-    a = stack_a(group, torch.empty(R, K, dtype=like.dtype, device=like.device), scaled=True)
+    a = like.new_empty(R, K)
+    lay_factors(group, a, None, scale_in_a=True)
     half = -(-R // (WHOLE // 2)) * (WHOLE // 2)
     a8 = torch.empty(2 * half, K, dtype=F8, device=like.device)
     split8(a8.T, a.T, "hl", eight.a)
@@ -145,10 +146,11 @@ def backward(
     rounding.
     """
     K, N, R, more = group.K, sum(group.sizes), sum(group.ranks), room(group)
-    u = None
+    u = a = None
     if R:
+        a = dy.new_empty(R, K) if through else None
         b = scratch(N * group.room, dy.dtype, dy.device, "b").view(N, group.room)
-        spread_b(group, b, scaled=False)
+        lay_factors(group, a, b, scale_in_a=True)
         u = dy @ b[:, :R]
     dbs = fold.grad_b(group, dy, t) if dbs is None else dbs
     if not through:
@@ -165,7 +167,7 @@ def backward(
     scale = rows8(dy, y8[:, :N])
     if u is not None:
         ride8(y8, N, scale, u, eight.a, 1.0 / (TOP_FACTOR * eight.scale))
-        a = stack_a(group, torch.empty(R, K, dtype=dy.dtype, device=dy.device), scaled=True)
+        assert a is not None
         split8(w8[:, N:], a.T, "hlh", eight.a)
         u = fold.scaled(group, u)
     dx = product8(y8, scale, w8, _one(eight.scale, K, dy), dy.dtype)

@@ -32,6 +32,7 @@ from lora.kernels import (
     fold,
     fp8,
     gemv4,
+    lay,
     norm,
     pair,
     rope,
@@ -277,12 +278,24 @@ def choice(put: Put) -> Call:
 
 @case
 def fringe(put: Put) -> Call:
-    out, src, bias = put(half(9, 100)), put(torch.randn(9, 5)), put(half(9))
+    out, src = put(half(9, 100)), put(torch.randn(9, 5))
 
     def call() -> list[Tensor]:
-        fold.fringe(out[:, 30:94], src, 2, bias, last=7, scale=0.5)
-        fold.fringe(out[:, :30], src, 0, ones=True, last=6)
+        fold.fringe(out[:, 30:94], src)
+        fold.fringe(out[:, :30], src, ones=True)
         return [out]
+
+    return call
+
+
+@case
+def laid_out(put: Put) -> Call:
+    a, b = ([put(torch.randn(shape)) for shape in shapes] for shapes in (((5, 70), (3, 70)), ((9, 5), (14, 3))))
+    stacked, spread, bias = put(half(12, 70)), put(half(23, 80)), put(half(14))
+
+    def call() -> list[Tensor]:
+        lay.lay(a, b, [None, bias], [0.5, 2.0], [1.0, 3.0], stacked, spread[:, :64])
+        return [stacked, spread]
 
     return call
 
