@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lora.kernels import thin
 from lora.kernels._triton import tl, triton
 from lora.kernels.code4 import dequantize4
 from lora.kernels.dispatch import use_triton
@@ -71,10 +72,22 @@ class Group(NamedTuple):
         return [low[0].shape[-2] if low else 0 for low in self.lows]
 
     @property
+    def biased(self) -> bool:
+        """Whether a column of ones stands behind T, for the biases."""
+        return any(b is not None for b in self.biases)
+
+    @property
     def room(self) -> int:
         """Columns that the updates and the biases add, rounded up."""
-        used = self.parts * sum(self.ranks) + any(b is not None for b in self.biases)
+        used = self.parts * sum(self.ranks) + self.biased
         return -(-used // ROOM) * ROOM
+
+
+class Fed(NamedTuple):
+    """A group's input with its T already there."""
+
+    xw: Tensor  # (M, K + room), all of its columns written
+    t: Tensor  # (M, Σ r)
 
 
 def wide(M: int, K: int, room: int, like: Tensor, use: str) -> Tensor:
@@ -231,40 +244,58 @@ def normed(group: Group, x: Tensor, residual: Tensor | None, w: Tensor, eps: flo
     return xw, s, r
 
 
-def taken(group: Group, x: Tensor) -> Tensor:
+def taken(group: Group, x: Tensor) -> Tensor | Fed:
     """A group's input, with room, from x (M, K)."""
     xw = wide(x.shape[0], group.K, group.room, x, "input")
+    if _feeds(group, x):
+        return _fed(group, x, None, False, xw)
     xw[:, : group.K].copy_(x)
     return xw
 
 
-def gated(group: Group, g: Tensor, u: Tensor, gelu: bool) -> Tensor:
+def gated(group: Group, g: Tensor, u: Tensor, gelu: bool) -> Tensor | Fed:
     """A group's input act(g) u, with room."""
     xw = wide(g.shape[0], group.K, group.room, g, "input")
+    if _feeds(group, g):
+        return _fed(group, g, u, gelu, xw)
     gate_forward(g, u, gelu, xw[:, : group.K])
     return xw
 
 
-def forward(group: Group, xw: Tensor, t: Tensor | None = None, add: Tensor | None = None, out: Tensor | None = None):
+def _feeds(group: Group, x: Tensor) -> bool:
+    """Whether T is made while the input is written."""
+    return group.parts == 1 and not any(group.drop) and thin.takes(x, sum(group.ranks))
+
+
+def _fed(group: Group, g: Tensor, u: Tensor | None, gelu: bool, xw: Tensor) -> Fed:
+    a = g.new_empty(sum(group.ranks), group.K)
+    lay_factors(group, a, None, scale_in_a=True)
+    return Fed(xw, thin.thin(g, u, a, xw[:, : group.K], xw[:, group.K :], group.biased, gelu))
+
+
+def forward(
+    group: Group, xw: Tensor | Fed, t: Tensor | None = None, add: Tensor | None = None, out: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
     """Y (M, Σ N) and T (M, Σ r), by parts (k, M / k, Σ r), of X in the first K columns of xw (M, K + room).
 
-    The other columns of xw are written here.  `t` is T where it is known already.  `add` (M, Σ N) is added to Y, which
-    goes into `out` where given.
+    The other columns of xw are written here, where they are not yet.  `t` is T where it is known already.  `add`
+    (M, Σ N) is added to Y, which goes into `out` where given.
     """
-    K, room, R = group.K, group.room, sum(group.ranks)
+    K, room, R, fed = group.K, group.room, sum(group.ranks), isinstance(xw, Fed)
+    if isinstance(xw, Fed):
+        xw, t = xw
     M, N = xw.shape[0], sum(group.sizes)
     buffer = wide(N, K, room, xw, "weight")
     _decode(group.weights, buffer[:, :K])
     if room:
         a = xw.new_empty(R, K) if R and t is None and group.parts == 1 else None
         lay_factors(group, a, buffer[:, K:], scale_in_a=True)
-        ones = any(b is not None for b in group.biases)
         if R and t is None:
             t = _low(group, xw[:, :K], a)
         if group.parts > 1 and t is not None:
-            diagonal(xw[:, K:], t, ones)
-        else:
-            fringe(xw[:, K:], t, ones)
+            diagonal(xw[:, K:], t, group.biased)
+        elif not fed:
+            fringe(xw[:, K:], t, group.biased)
     if add is not None:
         y = torch.addmm(add, xw, buffer.T)
     else:

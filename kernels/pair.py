@@ -124,7 +124,7 @@ def _pair_op(dy: Tensor, t: Tensor, b: list[Tensor], scales: list[float], starts
             *sizes, *[0] * more, *ranks, *[0] * more, *scales, *[0.0] * more,
             R=R, ROWS=ROWS, COLS=COLS, STAGES=stages(tile, dy.device), num_warps=WARPS,
         )  # fmt: skip
-    return add_strips(u, ranks, strips, out, False, db)
+    return add_strips(u, ranks, strips, out, values=db)
 
 
 @_pair_op.register_fake

@@ -16,6 +16,7 @@ from lora.kernels._triton import tl, triton
 from lora.kernels.side import blocks
 
 LAYERS = 3  # that one launch knows
+BLOCK = 1024  # values a program
 
 
 # ---- kernel ----
@@ -23,6 +24,7 @@ LAYERS = 3  # that one launch knows
 def _strips_kernel(
     part_ptr,  # (strips, M, R) f32
     out_ptr,  # (M, room)
+    copy_ptr,  # (M, sum of r) contiguous, written only with COPY
     values_ptr,  # (parts, n) f32
     sum_ptr,  # (n,) f32
     M,
@@ -40,6 +42,7 @@ def _strips_kernel(
     most,  # of them
     R: tl.constexpr,
     ONES: tl.constexpr,
+    COPY: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -58,6 +61,9 @@ def _strips_kernel(
         for strip in range(most):
             at = ((first + strip).to(tl.int64) * M + row) * R + rank
             acc += tl.load(part_ptr + at, mask=there & (strip < count), other=0.0)
+        if COPY:
+            place = copy_ptr + row * (r0 + r1 + r2) + col
+            tl.store(place, acc.to(copy_ptr.dtype.element_ty), mask=there)
         if ONES:
             acc = tl.where(col == r0 + r1 + r2, 1.0, acc)
         tl.store(out_ptr + row * out_stride_m + col, acc.to(out_ptr.dtype.element_ty), mask=(row < M) & (col < room))
@@ -73,19 +79,28 @@ def _strips_kernel(
 
 # ---- launch ----
 def add_strips(
-    part: Tensor, ranks: Sequence[int], strips: Sequence[int], out: Tensor, ones: bool, values: Tensor | None
+    part: Tensor,
+    ranks: Sequence[int],
+    strips: Sequence[int],
+    out: Tensor,
+    ones: bool = False,
+    copy: Tensor | None = None,
+    values: Tensor | None = None,
 ) -> Tensor:
-    """Writes `out` (M, room) whole from the sums `part` (strips, M, R); returns those of `values` (parts, n)."""
+    """Writes `out` (M, room) whole from the sums `part` (strips, M, R), of each layer in turn so many strips and r.
+
+    The same goes into `copy` (M, Σ r) where given.  Returns the sums of `values` (parts, n).
+    """
     M, room = out.shape
     COLS, ROWS = blocks(room)
-    BLOCK = 1024
     programs = -(-M // ROWS)
     parts, n = (0, 0) if values is None else values.shape
     total = torch.empty(n, dtype=torch.float32, device=out.device)
     r, s = ([*some, *[0] * (LAYERS - len(some))] for some in (ranks, strips))
     with torch.cuda.device_of(out):
         _strips_kernel[(programs + -(-n // BLOCK),)](
-            part, out, part if values is None else values, total, M, room, programs, n, parts, out.stride(0), *r, *s,
-            max(s), R=part.shape[2], ONES=ones, ROWS=ROWS, COLS=COLS, BLOCK=BLOCK, num_warps=4,
+            part, out, out if copy is None else copy, part if values is None else values, total, M, room, programs, n,
+            parts, out.stride(0), *r, *s, max(s), R=part.shape[2], ONES=ones, COPY=copy is not None, ROWS=ROWS,
+            COLS=COLS, BLOCK=BLOCK, num_warps=4,
         )  # fmt: skip
     return total

@@ -38,6 +38,7 @@ from lora.kernels import (
     rope,
     side,
     swiglu,
+    thin,
 )
 from lora.kernels import gate as gate_file
 from lora.kernels.linear4 import Weight4, linears4
@@ -307,6 +308,19 @@ def thin_pair(put: Put) -> Call:
     def call() -> list[Tensor]:
         dbs = pair.pair(dyw[:, :45], t, b, [0.5, 2.0], [0, 33], dyw[:, 45:])
         return [dyw, *dbs]
+
+    return call
+
+
+@case
+def thin_product(put: Put) -> Call:
+    g, u, a, out = put(half(70, 133)), put(half(70, 133)), put(half(5, 133)), put(half(70, 143))
+
+    def call() -> list[Tensor]:
+        t = thin.thin(g, u, a, out[:, :133], out[:, 133:], ones=True)
+        once = out.clone()
+        with patch.object(thin, "WARPS", 1):  # rows in one program
+            return [t, once, thin.thin(g, None, a, out[:, :133], out[:, 133:], ones=True), out]
 
     return call
 
