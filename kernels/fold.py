@@ -367,11 +367,18 @@ def product32(a: Tensor, b: Tensor) -> Tensor:
     return a @ b
 
 
-def both(group: Group, dy: Tensor, t: Tensor | None, out: Tensor) -> list[Tensor | None]:
-    """db_i of each layer, None without an update; U into the first columns of `out`, 0 into the others."""
+def both(group: Group, dy: Tensor, t: Tensor | None, out: Tensor, scaled: bool = True) -> list[Tensor | None]:
+    """db_i of each layer, None without an update; U, times the scales if `scaled`, into the first columns of `out`.
+
+    One pass over dY, where `pair.takes` says so.  The other columns of `out` become 0.
+    """
     assert t is not None
     starts = [sum(group.sizes[:i]) for i in range(len(group.sizes))]
-    there = [(low[1].detach(), low[2], start) for low, start in zip(group.lows, starts, strict=True) if low]
+    there = [
+        (low[1].detach(), low[2] if scaled else 1.0, start)
+        for low, start in zip(group.lows, starts, strict=True)
+        if low
+    ]
     b, scales, starts = (list(some) for some in zip(*there, strict=True))
     dbs = iter(pair(dy, t, b, scales, starts, out))
     return [next(dbs) if low else None for low in group.lows]

@@ -29,6 +29,7 @@ from lora.kernels.fp8 import (
     rows8,
     split8,
 )
+from lora.kernels.pair import takes
 from lora.kernels.scratch import scratch
 
 WHOLE = 16  # sizes of these products are multiples of it
@@ -149,9 +150,15 @@ def backward(
     u = a = None
     if R:
         a = dy.new_empty(R, K) if through else None
-        b = scratch(N * group.room, dy.dtype, dy.device, "b").view(N, group.room)
-        lay_factors(group, a, b, scale_in_a=True)
-        u = dy @ b[:, :R]
+        once = dbs is None and takes(dy, group.ranks)
+        b = None if once else scratch(N * group.room, dy.dtype, dy.device, "b").view(N, group.room)
+        if a is not None or b is not None:
+            lay_factors(group, a, b, scale_in_a=True)
+        if b is not None:
+            u = dy @ b[:, :R]
+        else:
+            u = dy.new_empty(dy.shape[0], R)
+            dbs = fold.both(group, dy, t, u, scaled=False)
     dbs = fold.grad_b(group, dy, t) if dbs is None else dbs
     if not through:
         return None, None if u is None else fold.scaled(group, u), dbs
