@@ -25,8 +25,8 @@ from lora.kernels.op import op
 from lora.kernels.swiglu import swiglu_backward, swiglu_forward, tile
 
 MAX_RANK = 64  # of a factor whose sum is made in the pass: each takes a tile of registers
-ROWS, COLS, WARPS = 32, 32, 2  # of a program's tile
-PARTS = 8  # programs that share a column: some 3,600 of them for F = 14336
+ROWS, COLS, WARPS, STAGES = 16, 64, 4, 3  # of a program's tile, and how many are on their way or at work at once
+PARTS = 8  # programs that share a column: some 1,800 of them for F = 14336
 
 
 # ---- reference ----
@@ -139,9 +139,7 @@ def _backward_kernel(
     v_ptr,  # (M, r_v), read only with V, as the next two with T
     tg_ptr,  # (M, r_g)
     tu_ptr,  # (M, r_u)
-    da_ptr,  # (parts, r_v, F) f32
-    dbg_ptr,  # (parts, F, r_g) f32
-    dbu_ptr,  # (parts, F, r_u) f32
+    sums_ptr,  # (parts, F (r_v + r_g + r_u)) f32: (r_v, F) of da, (F, r_g) of db of g, (F, r_u) of db of u
     run,  # rows that are summed together
     share,  # programs that share a run and a column
     F,
@@ -164,6 +162,7 @@ def _backward_kernel(
     R: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
+    STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     part = tl.program_id(1).to(tl.int64)
@@ -174,7 +173,7 @@ def _backward_kernel(
     dbu = tl.zeros((COLS, R), dtype=tl.float32)
     first = part // share * run
     end = first + run
-    for step in range(steps):
+    for step in tl.range(0, steps, num_stages=STAGES):
         row = first + (part % share * steps + step) * ROWS + tl.arange(0, ROWS)[:, None]  # (ROWS, 1) int64
         mask = (row < end) & (col[None, :] < F)
         g_at = g_ptr + row * g_stride_m + col[None, :]
@@ -202,12 +201,13 @@ def _backward_kernel(
             dbu = tl.dot(tl.trans(du), t, dbu, input_precision=PRECISION)
     rank = tl.arange(0, R)[None, :]
     col = col[:, None]
+    sums_ptr += part * F * (r_v + r_g + r_u)
     if V:
-        tl.store(da_ptr + (part * r_v + rank) * F + col, da, mask=(col < F) & (rank < r_v))
+        tl.store(sums_ptr + rank * F + col, da, mask=(col < F) & (rank < r_v))
     if TG:
-        tl.store(dbg_ptr + (part * F + col) * r_g + rank, dbg, mask=(col < F) & (rank < r_g))
+        tl.store(sums_ptr + F * r_v + col * r_g + rank, dbg, mask=(col < F) & (rank < r_g))
     if TU:
-        tl.store(dbu_ptr + (part * F + col) * r_u + rank, dbu, mask=(col < F) & (rank < r_u))
+        tl.store(sums_ptr + F * (r_v + r_g) + col * r_u + rank, dbu, mask=(col < F) & (rank < r_u))
 
 
 # ---- launch ----
@@ -234,32 +234,29 @@ def _backward_op(
     gelu: bool,
     keep_h: bool,
     runs: int,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> Tensor:
     M, F = g.shape
     run = M // runs
     share = min(-(-PARTS // runs), max(1, -(-run // ROWS)))
     parts, steps = runs * share, -(-run // (share * ROWS))
     ranks = [0 if t is None else t.shape[1] for t in (v, tg, tu)]
-    shapes = ((parts, ranks[0], F), (parts, F, ranks[1]), (parts, F, ranks[2]))
-    sums = [torch.empty(shape, dtype=torch.float32, device=g.device) for shape in shapes]
+    sums = torch.empty(parts, F * sum(ranks), dtype=torch.float32, device=g.device)
     strides = [0 if t is None else t.stride(0) for t in (v, tg, tu)]
     with torch.cuda.device_of(g):
         _backward_kernel[(-(-F // COLS), parts)](
-            dh, g, u, *(g if t is None else t for t in (v, tg, tu)), *sums, run, share, F, steps,
+            dh, g, u, *(g if t is None else t for t in (v, tg, tu)), sums, run, share, F, steps,
             dh.stride(0), g.stride(0), u.stride(0), *strides, *ranks,
             GELU=gelu, INTERPRETED=INTERPRETED, H=keep_h, V=v is not None, TG=tg is not None, TU=tu is not None,
-            R=max(16, triton.next_power_of_2(max(ranks))), ROWS=ROWS, COLS=COLS,
+            R=max(16, triton.next_power_of_2(max(ranks))), ROWS=ROWS, COLS=COLS, STAGES=STAGES,
             PRECISION="ieee" if g.dtype == torch.float32 else "tf32", num_warps=WARPS,
         )  # fmt: skip
-    a, bg, bu = (t.unflatten(0, (runs, share)).sum(1) for t in sums)
-    return a, bg, bu
+    return sums.unflatten(0, (runs, share)).sum(1)
 
 
 @_backward_op.register_fake
 def _(dh, g, u, v, tg, tu, gelu, keep_h, runs):
-    F, ranks = g.shape[1], [0 if t is None else t.shape[1] for t in (v, tg, tu)]
-    shapes = ((runs, ranks[0], F), (runs, F, ranks[1]), (runs, F, ranks[2]))
-    return tuple(g.new_empty(shape, dtype=torch.float32) for shape in shapes)
+    ranks = [0 if t is None else t.shape[1] for t in (v, tg, tu)]
+    return g.new_empty(runs, g.shape[1] * sum(ranks), dtype=torch.float32)
 
 
 def gate_forward(g: Tensor, u: Tensor, gelu: bool, out: Tensor) -> Tensor:
@@ -304,8 +301,10 @@ def gate_backward(
     made: tuple[Tensor, ...]
     if use_triton(dh, g, u, *there) and g.numel():
         flat = (t if t is None else _rows(t) for t in factors)
-        made = _backward_op(dh, g, u, *flat, gelu, keep_h, runs)
-        made = tuple(m.view(*next(iter(heads)), *m.shape[1:]) for m in made)
+        sums = _backward_op(dh, g, u, *flat, gelu, keep_h, runs).view(*next(iter(heads)), -1)
+        F, ranks = g.shape[1], [0 if t is None else t.shape[-1] for t in factors]
+        a, bg, bu = sums.split([F * r for r in ranks], dim=-1)
+        made = a.unflatten(-1, (ranks[0], F)), bg.unflatten(-1, (F, ranks[1])), bu.unflatten(-1, (F, ranks[2]))
     else:
         h = _backward_ref(dh, g, u, gelu)
         if keep_h:
