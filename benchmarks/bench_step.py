@@ -78,7 +78,8 @@ def optimizer_of(model: Llama) -> AdamW:
 
 def clear(model: Llama) -> None:
     """Gives back what steps leave behind: reused buffers, pinned memory, libraries' workspaces, gradients."""
-    model.keeping.chosen, model.keeping.host = (0, []), Host()
+    model.keeping.forget()
+    model.keeping.host = Host()
     mine().clear()
     model.zero_grad(set_to_none=True)
     gc.collect()
@@ -91,7 +92,7 @@ def clear(model: Llama) -> None:
 def measure(model: Llama, case: Case, steps: int, profile: bool) -> dict:
     """One row of the table."""
     (batch, length, keep, compute), keeping = case, model.keeping
-    keeping.compute, keeping.budget, keeping.chosen = compute, case.budget, (0, [])
+    keeping.compute, keeping.budget = compute, case.budget
     keeping.keep = None if case.budget else keep
     clear(model)
     optimizer = optimizer_of(model)
@@ -118,7 +119,8 @@ def measure(model: Llama, case: Case, steps: int, profile: bool) -> dict:
         "who": "ours", "batch": batch, "length": length, "keep": keep, "compute": compute,
         "ms": round(1e3 * took, 1), "tok_s": round(batch * length / took),
         "peak_GiB": round(torch.cuda.max_memory_allocated() / 2**30, 2), "base_GiB": round(base / 2**30, 2),
-        "blocks_whole": keeping.chosen[1].count("all"), "graph": bool(graphs.graphs), "loss": round(finite(loss), 3),
+        "blocks_whole": keeping.chosen[1].count("all"), "blocks_decoded": keeping.decoded.blocks,
+        "graph": bool(graphs.graphs), "loss": round(finite(loss), 3),
     }  # fmt: skip
 
 

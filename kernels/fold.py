@@ -52,6 +52,7 @@ class Group(NamedTuple):
     lows: tuple[Any, ...]  # Low, or None
     parts: int = 1
     drops: tuple[Drop | None, ...] = ()  # of each layer's update, or none at all
+    decoded: Tensor | None = None  # (Σ N + room, K + room) that begins with the weights, where they stay decoded
 
     @property
     def drop(self) -> tuple[Drop | None, ...]:
@@ -203,7 +204,7 @@ def _runs(group: Group, x: Tensor) -> Tensor:
     return x.unflatten(0, (group.parts, -1))
 
 
-def _decode(weights: Sequence[Weight4 | Tensor], out: Tensor) -> None:
+def decode(weights: Sequence[Weight4 | Tensor], out: Tensor) -> None:
     """The weights one under the other into `out` (Σ N, K), whose rows may lie apart."""
     row = 0
     for w in weights:
@@ -285,8 +286,11 @@ def forward(
     if isinstance(xw, Fed):
         xw, t = xw
     M, N = xw.shape[0], sum(group.sizes)
-    buffer = wide(N, K, room, xw, "weight")
-    _decode(group.weights, buffer[:, :K])
+    if group.decoded is None:
+        buffer = wide(N, K, room, xw, "weight")
+        decode(group.weights, buffer[:, :K])
+    else:
+        buffer = group.decoded[:N]
     if room:
         a = xw.new_empty(R, K) if R and t is None and group.parts == 1 else None
         lay_factors(group, a, buffer[:, K:], scale_in_a=True)
@@ -321,7 +325,9 @@ def backward(
     dy, room, u = dyw[:, :N], dyw.shape[1] - N, None
     once = R > 0 and dbs is None and group.parts == 1 and takes(dy, group.ranks)
     b = wide(N, 0, room, dyw, "b") if R and group.parts == 1 and not once else None
-    buffer = wide(N + room, K, 0, dyw, "weight") if through else None
+    buffer = None
+    if through:
+        buffer = wide(N + room, K, 0, dyw, "weight") if group.decoded is None else group.decoded[:, :K]
     a = buffer[N:] if buffer is not None and room else None
     if a is not None or b is not None:
         lay_factors(group, a, b, scale_in_a=False)
@@ -335,7 +341,8 @@ def backward(
     dbs = grad_b(group, dy, t) if dbs is None else dbs
     if buffer is None:
         return None, u, dbs
-    _decode(group.weights, buffer[:N])
+    if group.decoded is None:
+        decode(group.weights, buffer[:N])
     if group.parts > 1 and u is not None:
         diagonal(dyw[:, N:], u)
     elif room and not once:

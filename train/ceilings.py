@@ -117,6 +117,7 @@ def step_seconds(
     bits4: bool,
     trained: int,
     learned: int,
+    decoded: int = 0,
     recorded: bool = False,
     full: bool = False,
     gpu: bool = True,
@@ -124,7 +125,7 @@ def step_seconds(
     """Seconds of one step, by what they are spent on; their sum is the step.
 
     `trained` parameters; `full` is full fine-tuning, whose backward has weight gradients too; `recorded` steps run as
-    one CUDA graph; `bits4` weights are decoded at each use.
+    one CUDA graph; `bits4` weights are decoded at each use, but for those of the first `decoded` blocks.
     """
     M, L = rows * length, w.blocks
     D, Q, A, F = w.states, w.qkv, w.attended, w.gate
@@ -134,6 +135,7 @@ def step_seconds(
     again = {"no_gate": gate_up, "host": gate_up, "input": weight - D * F, "input_host": weight - D * F}
     remade = sum(again.get(word, 0) for word in keep)  # weights whose product is made a second time
     passes = 2 * L * weight + remade
+    stay = 2 * decoded * weight + sum(again.get(word, 0) for word in keep[:decoded])
     products = 2 * M * ((3 if full else 2) * L * weight + remade)
     scores = 2 * rows * A * length * length  # operations of attention forward
     twice = sum(word.startswith("input") for word in keep)
@@ -145,7 +147,7 @@ def step_seconds(
     if any(w.ranks):
         reads = 2 * (2 * D + A + F) + 2 * (Q + 2 * D + 2 * F)
         adapters = M * itemsize * L * reads / giga
-    decode = passes * ((0.516 if bits4 else itemsize) + itemsize) / giga if bits4 or any(w.ranks) else 0.0
+    decode = (passes - stay) * ((0.516 if bits4 else itemsize) + itemsize) / giga if bits4 or any(w.ranks) else 0.0
     head = 2 * (3 if full else 2) * learned * w.vocab * D / tera + 3 * learned * w.vocab * itemsize / giga
     spent = {
         "products": products / tera + passes * itemsize / giga,  # a few rows wait for the weight

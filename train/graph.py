@@ -57,7 +57,7 @@ class _Recorded:
         stream: Any,
         grads: list[int | None],
     ) -> None:
-        self.grads = grads
+        self.grads, self.epoch = grads, model.keeping.decoded.epoch
         self.batch = replace(batch, ids=batch.ids.clone())
         self.learned = Learned(*(t.clone() for t in learned))
         self.graph = torch.cuda.CUDAGraph()
@@ -116,12 +116,14 @@ class Graphs:
         key = (*batch.ids.shape, room, members)
         if RECORD and key in self.seen and _recordable(self.model):
             recorded = self.graphs.get(key)
-            if recorded and recorded.grads != self._places():  # it would add to memory that is others' now
+            # it would add to memory, or read weights from some, that is others' now
+            if recorded and (recorded.grads, recorded.epoch) != (self._places(), self.model.keeping.decoded.epoch):
                 del self.graphs[key]
                 recorded = None
             recorded = recorded or self._record(key, batch, learned)
             if recorded:
                 self.graphs.move_to_end(key)
+                self.model.keeping.decoded.refresh()
                 return recorded.run(batch, learned)
         self.seen.add(key)
         return member_losses(self.model, batch, learned, members)

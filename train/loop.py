@@ -199,7 +199,7 @@ def keep_within(model: nn.Module, config: TrainConfig) -> None:
         raise ValueError(f"budget={config.budget!r} is what tensors may take on a GPU, and the model is on {device}")
     if isinstance(model, Llama):
         model.keeping.budget = parse_bytes(config.budget) if config.budget else None
-        model.keeping.chosen = 0, []  # by an earlier run's budget and adapter
+        model.keeping.forget()  # what an earlier run's budget and adapter chose
     _choose_compute(model, config.compute)
 
 

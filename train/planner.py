@@ -14,7 +14,17 @@ from torch import Tensor, nn
 
 from lora.config import LoRAConfig
 from lora.layer import adapted
-from lora.models.budget import CUBLAS, Widths, account, graph_fits, host_bytes, keep_on_gpu, widths_of
+from lora.models.budget import (
+    CUBLAS,
+    Widths,
+    account,
+    blocks_decoded,
+    decoded_bytes,
+    graph_fits,
+    host_bytes,
+    keep_on_gpu,
+    widths_of,
+)
 from lora.models.llama import Llama
 from lora.models.outline import Outline, skeleton
 from lora.quant.linear import Linear4bit
@@ -54,6 +64,7 @@ class Found:
     parts: dict[str, int]
     apart: dict[str, int]
     keep: tuple[str, ...]
+    decoded: int  # blocks whose weights stay decoded
     moment: str
     recorded: bool
     by: str
@@ -158,8 +169,10 @@ class Planner:
         else:
             keep = keep_on_gpu(w, M, i, s.limit - base - CUBLAS, learned, s.host)
         a = account(w, keep, M, i, learned)
+        free, room = (limit - base - CUBLAS for limit in (s.limit, s.room or s.limit))
+        decoded = blocks_decoded(w, keep, M, i, free, room) if s.keep is None else 0
         small = graph.RECORD and M <= graph.TOKENS and not s.pack
-        there = base + a.reused
+        there = base + a.reused + decoded * decoded_bytes(w, i)
         recorded = small and graph_fits(w, keep, M, i, s.limit - there, (s.room or s.limit) - there)
         chunk = a.chunk if a.moment == "head" else 0
         parts = {
@@ -168,6 +181,7 @@ class Planner:
             "trained weights, float32": 4 * n,
             "gradients": 4 * n,
             "optimizer states": states,
+            "weights that stay decoded": decoded * decoded_bytes(w, i),
             "kept by blocks": a.kept,
             "reused buffers": a.reused,
             "working set": a.working - chunk,
@@ -178,7 +192,7 @@ class Planner:
             "CUDA context, about": CONTEXT,
             "pinned on the host": sum(host_bytes(w, word, M, i) for word in keep),
         }
-        return Found(parts, apart, tuple(keep), a.moment, recorded, "account")
+        return Found(parts, apart, tuple(keep), decoded, a.moment, recorded, "account")
 
     def _dry(self, batch: int, length: int, r: int) -> Found:
         s = self.s
@@ -196,7 +210,7 @@ class Planner:
             "working set": c.peak - c.base - c.kept,
             "cuBLAS": CUBLAS if s.gpu else 0,
         }
-        return Found(parts, {"CUDA context, about": CONTEXT if s.gpu else 0}, (), "step", False, "dry run")
+        return Found(parts, {"CUDA context, about": CONTEXT if s.gpu else 0}, (), 0, "step", False, "dry run")
 
     def seconds(self, found: Found, batch: int, length: int, r: int) -> dict[str, float]:
         """Of one step, by what they are spent on."""
@@ -204,8 +218,8 @@ class Planner:
         keep = found.keep or ["input" if s.recompute else "all"] * facts.widths.blocks
         return step_seconds(
             facts.widths, s.card, rows=batch, length=length, keep=keep, itemsize=facts.itemsize,
-            bits4=facts.weights4 > 0, trained=facts.trained, learned=_learned(s.learned, batch, length),
-            recorded=found.recorded, full=s.method == "full", gpu=s.gpu,
+            decoded=found.decoded, bits4=facts.weights4 > 0, trained=facts.trained,
+            learned=_learned(s.learned, batch, length), recorded=found.recorded, full=s.method == "full", gpu=s.gpu,
         )  # fmt: skip
 
     def largest(self, key: str, batch: int, length: int, r: int, longest: int) -> int:

@@ -21,6 +21,7 @@ from lora.eval.evaluate import Result, evaluate
 from lora.eval.nll import row_nll, token_nll
 from lora.files import write_text
 from lora.models.bits import same_bits
+from lora.models.decoded import cleared
 from lora.models.llama import Llama
 from lora.models.tokenizer import Tokenizer
 from lora.render import Batch, Example, collate
@@ -104,7 +105,12 @@ class Steps:
         begin, before = time.perf_counter(), self.progress.wall
         entry: dict[str, Any] | None = None
         self.model.train()
-        with self.signals, same_bits(config.deterministic), recomputed(self.model, config.recompute):
+        with (
+            self.signals,
+            same_bits(config.deterministic),
+            recomputed(self.model, config.recompute),
+            cleared(self.model),
+        ):
             if config.probe:
                 self.probe()
             if write and config.save_every and not self.progress.step:

@@ -27,6 +27,7 @@ from lora.kernels.scratch import keep_pages
 from lora.layer import LoRALinear, adapted
 from lora.models.base import refuse_encoder
 from lora.models.bits import same_bits
+from lora.models.decoded import cleared
 from lora.models.llama import FUSED, Llama
 from lora.models.tokenizer import Tokenizer
 from lora.render import collate
@@ -168,7 +169,7 @@ def _train(
     tokens = 0
     model.train()
     try:
-        with recomputed(model, config.recompute), warnings.catch_warnings():
+        with recomputed(model, config.recompute), cleared(model), warnings.catch_warnings():
             # that a stack's factors lie apart is meant: each adapter's are one run of memory
             warnings.filterwarnings("ignore", message="grad and param do not obey the gradient layout contract")
             if fused:

@@ -22,6 +22,7 @@ from lora.kernels.cross_entropy import chunk_rows
 from lora.kernels.fold import ROOM
 from lora.kernels.scratch import mine
 from lora.layer import LoRALinear
+from lora.models.decoded import Decoded
 from lora.models.host import Host, host_room
 
 MARGIN = 0.03  # of the card, for what nobody counts: fragments, libraries' workspaces
@@ -240,6 +241,22 @@ def in_8_bits(keep: Sequence[str]) -> list[str]:
     return ["input_host" if word == "host" and i % 2 else word for i, word in enumerate(keep)]
 
 
+def decoded_bytes(w: Widths, itemsize: int) -> int:
+    """Of one block's weights that stay decoded."""
+    return itemsize * sum((N + room) * (K + room) for (N, K), room in zip(w.shapes, w.rooms, strict=True))
+
+
+def blocks_decoded(w: Widths, keep: Sequence[str], M: int, itemsize: int, free: int, room: int) -> int:
+    """How many blocks' weights may stay decoded beside a step over M tokens.
+
+    `free` bytes are there for tensors within the budget, and `room` on the card.  Of what the card has left beside a
+    step and its CUDA graph half stays free, for whatever else there is to do between steps.
+    """
+    total = account(w, keep, M, itemsize).total
+    on_card = (room - SPARE * (1 if set(keep) == {"all"} else 2) * total) / 2
+    return max(0, min(w.blocks, int(min(free - total, on_card) // decoded_bytes(w, itemsize))))
+
+
 def graph_fits(w: Widths, keep: Sequence[str], M: int, itemsize: int, free: int, room: int) -> bool:
     """Whether a step over M tokens, with the reused buffers there, may become a CUDA graph where tensors may still take
     `free` bytes, and where `room` bytes of the card are free.
@@ -270,6 +287,7 @@ class Keeping:
         compute: what the frozen base's products run in, "bf16" for the dtype of the states, or "fp8"
         said: how the last step's blocks ran, and why; "" before the first
         scales8: scales of weights in 8 bits
+        decoded: weights that stay decoded from step to step
     """
 
     def __init__(self, config: Any, model: Any = None) -> None:
@@ -279,7 +297,7 @@ class Keeping:
         self.recordable = False
         self.compute, self.said = "bf16", ""
         self.scales8: dict[Any, float] = {}
-        self.host = Host()
+        self.host, self.decoded = Host(), Decoded()
         self.chosen: tuple[int, list[str]] = (0, [])  # tokens of the largest step so far, and what goes with it
 
     @property
@@ -294,19 +312,32 @@ class Keeping:
         if self.keep is not None or not x.is_cuda:
             return [self.keep or "all"] * blocks
         if tokens > self.chosen[0]:
-            self.chosen = tokens, self.within(self.widths, tokens, x)
+            self.forget()
+            w = self.widths
+            keep = self.within(w, tokens, x)
+            self.chosen = tokens, keep
+            self.decoded.blocks = blocks_decoded(w, keep, tokens, x.element_size(), *self._free(x))
         return self.chosen[1]
+
+    def forget(self) -> None:
+        """What was chosen is chosen anew by the next step; weights that stay decoded give their memory back."""
+        self.chosen = 0, []
+        self.decoded.clear()
+
+    def _free(self, x: Tensor) -> tuple[int, int]:
+        """Bytes that a step over the states x may take within the budget, and on the card."""
+        # buffers of smaller steps are written over, and x is a block's state already; cuBLAS' come with a product, and
+        # once more with a graph
+        there = sum(t.numel() * t.element_size() for t in (x, *mine().values()) if t.device == x.device)
+        free, room = (free_bytes(x.device, limit) + there - 2 * CUBLAS for limit in (self.budget, None))
+        return free, room
 
     def within(self, w: Widths, tokens: int, x: Tensor) -> list[str]:
         """What each block keeps in the memory that is free now, within the budget.
 
         Raises RuntimeError where a step does not fit into the budget even with each block's input on the host.
         """
-        device, itemsize = x.device, x.element_size()
-        # buffers of smaller steps are written over, and x is a block's state already; cuBLAS' come with a product, and
-        # once more with a graph
-        there = sum(t.numel() * t.element_size() for t in (x, *mine().values()) if t.device == device)
-        room, free = (free_bytes(device, limit) + there - 2 * CUBLAS for limit in (None, self.budget))
+        itemsize, (free, room) = x.element_size(), self._free(x)
         host = host_room()
         keep = keep_on_gpu(w, tokens, itemsize, free, host=None if host is None else host + self.host.nbytes())
         over = account(w, keep, tokens, itemsize, learned=1).total - free  # with as few logits as can be

@@ -387,6 +387,8 @@ def specs_of(
     keeping.recordable = True
     whole, n = sum(spec.keep == "all" for spec in found), len(found)
     kept = "all kept" if whole == n else f"{whole} kept whole, the rest as {found[0].keep!r}"
+    if keeping.decoded.blocks:
+        kept += f"; {keeping.decoded.blocks} blocks' weights stay decoded"
     base = "its products in 8 bits" if found[0].eights else f"its products in {str(x.dtype).removeprefix('torch.')}"
     keeping.said = f"{n} blocks run fused, {kept}; the frozen base: {base}"
     return found

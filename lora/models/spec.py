@@ -183,6 +183,8 @@ def read(
     for i, ((norms, groups), eight, word) in enumerate(zip(found, eights, keep, strict=True)):
         scale = getattr(layers[i].self_attn, "scale", None)
         attend = functools.partial(attention, mask=masks[c.window(i)], scale=scale)
+        if eight is None:
+            groups = tuple(keeping.decoded.of(i, j, group, x.dtype) for j, group in enumerate(groups))
         specs.append(Spec(norms, groups, eight, heads, attend, gelu, word, keeping.host))
     return specs
 
