@@ -7,8 +7,8 @@ in the one product.  They share the row's scale with X8, and the weight's with W
 the largest b (or a) of the model.  From 16 times the largest product of the base on they take room from X8 (fp8.py);
 4096 times beyond it they become NaN.
 W8 is the 4-bit weight decoded to e4m3 (for the backward: turned, since these products want both operands along K).
-dY is rounded row by row; U, da and db are made from it before that.  X is rounded once: the adapter reads what the
-base reads.
+dY is rounded row by row; U, da and db are made from it before that, and where it comes from a gate, without it
+(gate8.py).  X is rounded once: the adapter reads what the base reads.
 """
 
 from typing import NamedTuple
@@ -29,9 +29,11 @@ from lora.kernels.fp8 import (
     rows8,
     split8,
 )
+from lora.kernels.gate8 import gate_round, gate_scales, new_sums, totals
 from lora.kernels.scratch import scratch
 
 WHOLE = 16  # sizes of these products are multiples of it
+SMALL = 2**25  # bytes of a rounded gradient that are not worth two products
 
 
 class Eight(NamedTuple):
@@ -130,6 +132,20 @@ def forward(
     return (y if add is None else y.add_(add)), t
 
 
+def _turned(group: Group, eight: Eight, more: int, like: Tensor) -> Tensor:
+    """[W ; s a ; (s a)' ; s a]ᵀ, (K, Σ N + room)."""
+    K, N, R = group.K, sum(group.sizes), sum(group.ranks)
+    w8 = _wide8(K, N, more, like, "weight8")
+    row = 0
+    for w in group.weights:
+        decode8(w, eight.scale, w8[:, row : row + w.shape[0]], turn=True)
+        row += w.shape[0]
+    if R:
+        a = stack_a(group, torch.empty(R, K, dtype=like.dtype, device=like.device), scaled=True)
+        split8(w8[:, N:], a.T, "hlh", eight.a)
+    return w8
+
+
 def backward(
     group: Group,
     eight: Eight,
@@ -153,11 +169,7 @@ def backward(
     dbs = fold.grad_b(group, dy, t) if dbs is None else dbs
     if not through:
         return None, None if u is None else fold.scaled(group, u), dbs
-    w8 = _wide8(K, N, more, dy, "weight8")
-    row = 0
-    for w in group.weights:
-        decode8(w, eight.scale, w8[:, row : row + w.shape[0]], turn=True)
-        row += w.shape[0]
+    w8 = _turned(group, eight, more, dy)
     if spend and dy.is_contiguous() and N * dy.element_size() >= N + more:
         y8 = dy.view(F8)[:, : N + more]
     else:
@@ -165,8 +177,43 @@ def backward(
     scale = rows8(dy, y8[:, :N])
     if u is not None:
         ride8(y8, N, scale, u, eight.a, 1.0 / (TOP_FACTOR * eight.scale))
-        a = stack_a(group, torch.empty(R, K, dtype=dy.dtype, device=dy.device), scaled=True)
-        split8(w8[:, N:], a.T, "hlh", eight.a)
         u = fold.scaled(group, u)
     dx = product8(y8, scale, w8, _one(eight.scale, K, dy), dy.dtype)
     return dx, u, dbs
+
+
+def gate_backward(
+    group: Group, eight: Eight, dh: Tensor, g: Tensor, u: Tensor, v: Tensor | None, t: Tensor | None, gelu: bool
+) -> tuple[Tensor, Tensor | None, list[Tensor | None], list[Tensor | None]]:
+    """`backward` of the group before a gate from the gradient dh (M, F) of what the gate gives: dX, s U, da and db_i.
+
+    da [(r, F)] is that of the layer behind the gate, v (M, r) its s U.  Ranks are at most gate.MAX_RANK.  The gradients
+    of g and u exist rounded only, and half of them at a time: as much as the input of the layer behind the gate.  dX may
+    be written over dh.
+    """
+    K, N, R, more = group.K, sum(group.sizes), sum(group.ranks), room(group)
+    M, F = g.shape
+    ts = fold.columns(group, t)
+    factors = (v, ts[0], ts[-1])
+    bs = [low[1].detach() if low else None for low in group.lows]
+    one = len(bs) == 1  # a layer that makes both g and u
+    if one and bs[0] is not None:
+        bs = list(bs[0].split(F))
+    scale, low = gate_scales(dh, g, u, bs[0], bs[-1], gelu, one and R > 0)
+    w8, w_scale = _turned(group, eight, more, dh), _one(eight.scale, K, dh)
+    half = M if M * (N + more) <= SMALL else -(-M // 256) * 128  # scales begin on 16 bytes, tiles are whole
+    pieces = [slice(0, half), slice(half, M)] if half < M else [slice(0, M)]
+    dead = len(pieces) == 2 and dh.is_contiguous() and M * K <= half * F  # rows of dh that no one reads any more
+    dx = dh.view(-1)[: M * K].view(M, K) if dead else torch.empty(M, K, dtype=dh.dtype, device=dh.device)
+    sums = new_sums(len(pieces), F, factors, dh.device)
+    for piece, part in zip(pieces, sums, strict=True):
+        y8 = _wide8(piece.stop - piece.start, N, more, dh, "input8")
+        some = [None if f is None else f[piece] for f in factors]
+        gate_round(dh[piece], g[piece], u[piece], scale[piece], y8[:, :N], (some[0], some[1], some[2]), part, gelu)
+        if R:
+            ride8(y8, N, scale[piece], low[piece], eight.a, 1.0 / (TOP_FACTOR * eight.scale))
+        product8(y8, scale[piece], w8, w_scale, dx.dtype, out=dx[piece])
+    da, *dbs = totals(sums, F, factors)
+    if one and dbs[0] is not None and dbs[1] is not None:
+        dbs = [torch.cat((dbs[0], dbs[1]))]
+    return dx, fold.scaled(group, low) if R else None, [da], dbs[: len(bs)]

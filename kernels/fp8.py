@@ -13,6 +13,8 @@ within 24 steps: LOG.md, 2026-11-27).  What does not fit with j = 8 either becom
 Source: arXiv:2209.05433 (the format); row scales as in arXiv:2409.12517.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -451,14 +453,25 @@ def weight_scale(weight: Weight4 | Tensor) -> float:
 
 
 def product8(
-    x8: Tensor, x_scale: Tensor, w8: Tensor, w_scale: Tensor, dtype: torch.dtype, bias: Tensor | None = None
+    x8: Tensor,
+    x_scale: Tensor,
+    w8: Tensor,
+    w_scale: Tensor,
+    dtype: torch.dtype,
+    bias: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """x8 (M, K) w8ᵀ (K, N) by their scales (M, 1) and (1, N), plus a bias (N,), as (M, N) of `dtype`."""
+    """x8 (M, K) w8ᵀ (K, N) by their scales (M, 1) and (1, N), plus a bias (N,), as (M, N) of `dtype`: `out` if given."""
     if x8.is_cuda:
-        y = torch._scaled_mm(x8, w8.t(), x_scale, w_scale, bias=bias, out_dtype=torch.bfloat16, use_fast_accum=True)
-        return y if dtype == torch.bfloat16 else y.to(dtype)
-    y = (x8.float() @ w8.float().T) * x_scale * w_scale
-    return (y if bias is None else y + bias.float()).to(dtype)
+        fast: dict[str, Any] = {"out_dtype": torch.bfloat16, "use_fast_accum": True}
+        straight = out if out is not None and out.dtype == torch.bfloat16 else None
+        y = torch._scaled_mm(x8, w8.t(), x_scale, w_scale, bias=bias, **fast, out=straight)
+    else:
+        straight, y = None, (x8.float() @ w8.float().T) * x_scale * w_scale
+        y = y if bias is None else y + bias.float()
+    if out is None:
+        return y.to(dtype)
+    return out if straight is not None else out.copy_(y)
 
 
 def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
