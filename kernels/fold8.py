@@ -11,16 +11,18 @@ dY is rounded row by row; U, da and db are made from it before that, and where i
 (gate8.py).  X is rounded once: the adapter reads what the base reads.
 """
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from lora.kernels import fold
-from lora.kernels.fold import Group, spread_b, stack_a
+from lora.kernels.fold import Group, spread_b
 from lora.kernels.fp8 import (
     F8,
     TOP_FACTOR,
+    Part,
     decode8,
     gate8,
     norm8,
@@ -40,8 +42,10 @@ class Eight(NamedTuple):
     """What the products of one group need beside it."""
 
     scale: float  # of its weights
+    scales: Tensor  # (1, Σ N or K, the larger), that scale in each place
     a: Tensor  # () the largest magnitude of s a of the model's factors, float32
     b: Tensor  # () that of b
+    scales_a: Tensor  # (1, two_parts or more), the scale of a's two parts in each place
 
 
 class Rounded(NamedTuple):
@@ -49,6 +53,21 @@ class Rounded(NamedTuple):
 
     x8: Tensor
     scale: Tensor
+
+
+def scales_of(group: Group, scale: float, device: torch.device) -> Tensor:
+    """`Eight.scales`, which stay as they are."""
+    return torch.full((1, max(sum(group.sizes), group.K)), scale, dtype=torch.float32, device=device)
+
+
+def scales_of_a(groups: Iterable[Group], a: Tensor) -> Tensor:
+    """`Eight.scales_a` for all of the groups, from `Eight.a`."""
+    return (a / TOP_FACTOR).expand(1, max(map(two_parts, groups))).contiguous()
+
+
+def two_parts(group: Group) -> int:
+    """Rows that the a of the group take as two parts."""
+    return -(-2 * sum(group.ranks) // WHOLE) * WHOLE
 
 
 def room(group: Group) -> int:
@@ -84,23 +103,36 @@ def gated(group: Group, g: Tensor, u: Tensor, gelu: bool) -> Rounded:
     return Rounded(x8, gate8(g, u, gelu, x8[:, : group.K]))
 
 
-def _one(scale: float, n: int, like: Tensor) -> Tensor:
-    return torch.full((1, n), scale, dtype=torch.float32, device=like.device)
+def _split_a(group: Group, eight: Eight, out: Tensor, sets: str) -> None:
+    """(s a)ᵀ of all layers beside each other, (K, Σ r), into `out` (K, ..)."""
+    parts, at = [], 0
+    for low, r in zip(group.lows, group.ranks, strict=True):
+        if low:
+            parts.append(Part(low[0].detach().T, at=at, times=float(low[2])))
+            at += r
+    split8(out, parts, sets, eight.a)
+
+
+def _split_b(group: Group, eight: Eight, out: Tensor) -> None:
+    """B, block-diagonal, (Σ N, Σ r), into `out` (Σ N, ..)."""
+    parts, row, at = [], 0, 0
+    for low, n, r in zip(group.lows, group.sizes, group.ranks, strict=True):
+        if low:
+            parts.append(Part(low[1].detach(), row, at))
+        row, at = row + n, at + r
+    split8(out, parts, "hlh", eight.b)
 
 
 def _low(group: Group, eight: Eight, x: Rounded, like: Tensor) -> Tensor:
     """T (M, Σ r) of the rounded input, by the same kind of product."""
-    R, K = sum(group.ranks), group.K
-    a = stack_a(group, torch.empty(R, K, dtype=like.dtype, device=like.device), scaled=True)
-    half = -(-R // (WHOLE // 2)) * (WHOLE // 2)
-    a8 = torch.empty(2 * half, K, dtype=F8, device=like.device)
-    split8(a8.T, a.T, "hl", eight.a)
-    a_scale = (eight.a / TOP_FACTOR).expand(1, 2 * half).contiguous()
+    R, K, two = sum(group.ranks), group.K, two_parts(group)
+    a8 = torch.empty(two, K, dtype=F8, device=like.device)
+    _split_a(group, eight, a8.T, "hl")
     M = x.scale.shape[0]
     rows = x.x8.shape[1]
     x8 = x.x8 if rows == K else x.x8.as_strided((M, K), (rows, 1))
-    t = product8(x8, x.scale, a8, a_scale, like.dtype)
-    return t[:, :R] + t[:, half : half + R]
+    t = product8(x8, x.scale, a8, eight.scales_a[:, :two], like.dtype)
+    return t[:, :R] + t[:, two // 2 : two // 2 + R]
 
 
 def forward(
@@ -119,16 +151,12 @@ def forward(
     if R:
         t = _low(group, eight, x, like) if t is None else t
         ride8(x.x8, K, x.scale, t, eight.b, 1.0 / (TOP_FACTOR * eight.scale))
-        row = at = 0
-        for n, r, low in zip(group.sizes, group.ranks, group.lows, strict=True):
-            b = low[1].detach() if low else torch.empty(n, 0, device=like.device)
-            split8(w8[row : row + n, K:], b, "hlh", eight.b, at=at)
-            row, at = row + n, at + r
+        _split_b(group, eight, w8[:, K:])
     bias = None
     if any(b is not None for b in group.biases):
         parts = zip(group.biases, group.sizes, strict=True)
         bias = torch.cat([like.new_zeros(n) if b is None else b.detach().to(like.dtype) for b, n in parts])
-    y = product8(x.x8, x.scale, w8, _one(eight.scale, N, like), like.dtype, bias)
+    y = product8(x.x8, x.scale, w8, eight.scales[:, :N], like.dtype, bias)
     return (y if add is None else y.add_(add)), t
 
 
@@ -141,8 +169,7 @@ def _turned(group: Group, eight: Eight, more: int, like: Tensor) -> Tensor:
         decode8(w, eight.scale, w8[:, row : row + w.shape[0]], turn=True)
         row += w.shape[0]
     if R:
-        a = stack_a(group, torch.empty(R, K, dtype=like.dtype, device=like.device), scaled=True)
-        split8(w8[:, N:], a.T, "hlh", eight.a)
+        _split_a(group, eight, w8[:, N:], "hlh")
     return w8
 
 
@@ -178,7 +205,7 @@ def backward(
     if u is not None:
         ride8(y8, N, scale, u, eight.a, 1.0 / (TOP_FACTOR * eight.scale))
         u = fold.scaled(group, u)
-    dx = product8(y8, scale, w8, _one(eight.scale, K, dy), dy.dtype)
+    dx = product8(y8, scale, w8, eight.scales[:, :K], dy.dtype)
     return dx, u, dbs
 
 
@@ -188,8 +215,8 @@ def gate_backward(
     """`backward` of the group before a gate from the gradient dh (M, F) of what the gate gives: dX, s U, da and db_i.
 
     da [(r, F)] is that of the layer behind the gate, v (M, r) its s U.  Ranks are at most gate.MAX_RANK.  The gradients
-    of g and u exist rounded only, and half of them at a time: as much as the input of the layer behind the gate.  dX may
-    be written over dh.
+    of g and u exist rounded only, and half of them at a time: as much as the input of the layer behind the gate.
+    dX may be written over dh.
     """
     K, N, R, more = group.K, sum(group.sizes), sum(group.ranks), room(group)
     M, F = g.shape
@@ -200,10 +227,10 @@ def gate_backward(
     if one and bs[0] is not None:
         bs = list(bs[0].split(F))
     scale, low = gate_scales(dh, g, u, bs[0], bs[-1], gelu, one and R > 0)
-    w8, w_scale = _turned(group, eight, more, dh), _one(eight.scale, K, dh)
+    w8 = _turned(group, eight, more, dh)
     half = M if M * (N + more) <= SMALL else -(-M // 256) * 128  # scales begin on 16 bytes, tiles are whole
     pieces = [slice(0, half), slice(half, M)] if half < M else [slice(0, M)]
-    dead = len(pieces) == 2 and dh.is_contiguous() and M * K <= half * F  # rows of dh that no one reads any more
+    dead = len(pieces) == 2 and dh.is_contiguous() and half * F >= M * K  # rows of dh that no one reads any more
     dx = dh.view(-1)[: M * K].view(M, K) if dead else torch.empty(M, K, dtype=dh.dtype, device=dh.device)
     sums = new_sums(len(pieces), F, factors, dh.device)
     for piece, part in zip(pieces, sums, strict=True):
@@ -212,7 +239,7 @@ def gate_backward(
         gate_round(dh[piece], g[piece], u[piece], scale[piece], y8[:, :N], (some[0], some[1], some[2]), part, gelu)
         if R:
             ride8(y8, N, scale[piece], low[piece], eight.a, 1.0 / (TOP_FACTOR * eight.scale))
-        product8(y8, scale[piece], w8, w_scale, dx.dtype, out=dx[piece])
+        product8(y8, scale[piece], w8, eight.scales[:, :K], dx.dtype, out=dx[piece])
     da, *dbs = totals(sums, F, factors)
     if one and dbs[0] is not None and dbs[1] is not None:
         dbs = [torch.cat((dbs[0], dbs[1]))]

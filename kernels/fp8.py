@@ -13,7 +13,8 @@ within 24 steps: LOG.md, 2026-11-27).  What does not fit with j = 8 either becom
 Source: arXiv:2209.05433 (the format); row scales as in arXiv:2409.12517.
 """
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -55,13 +56,13 @@ def _rows_ref(x: Tensor, out: Tensor, scale: Tensor) -> None:
     out.copy_(to_f8(x * (TOP / amax)))
 
 
-def _parts_ref(out: Tensor, v: Tensor, at: int, sets: str) -> None:
+def _parts_ref(out: Tensor, v: Tensor, sets: str) -> None:
     width = out.shape[1] // len(sets)
     out.copy_(torch.zeros(out.shape, device=out.device).to(F8))
     hi = to_f8(v)
     both = (hi, to_f8(v - hi.float()))
     for i, which in enumerate(SETS[sets]):
-        out[:, i * width + at : i * width + at + v.shape[1]] = both[which]
+        out[:, i * width : i * width + v.shape[1]] = both[which]
 
 
 def _ride_ref(x: Tensor, K: int, scale: Tensor, src: Tensor, amax: Tensor, k: float) -> None:
@@ -70,7 +71,7 @@ def _ride_ref(x: Tensor, K: int, scale: Tensor, src: Tensor, amax: Tensor, k: fl
     less = torch.where(top > LARGEST, torch.frexp(top).exponent - 8, 0).clamp(0, LESS).float()  # to 256 at most
     x[:, :K] = to_f8(x[:, :K].float() * torch.exp2(-less))
     scale.mul_(torch.exp2(less))
-    _parts_ref(x[:, K:], v * torch.exp2(-less), 0, "hhl")
+    _parts_ref(x[:, K:], v * torch.exp2(-less), "hhl")
 
 
 # ---- kernel ----
@@ -165,23 +166,51 @@ def _gate_kernel(
 
 
 @triton.jit
+def _part(ptr, line, j, row, n, at, r, stride_n, stride_r, times):
+    """Values of a factor (n, r) at lines from `row` and columns from `at` on, 0 elsewhere."""
+    there = (line >= row) & (line < row + n) & (j >= at) & (j < at + r)
+    at_it = ptr + (line - row) * stride_n + (j - at) * stride_r
+    return tl.load(at_it, mask=there, other=0.0).to(tl.float32) * times
+
+
+@triton.jit
 def _split_kernel(
     out_ptr,  # (n, columns) e4m3
-    src_ptr,  # (n, r), any float
+    src_ptr,  # (n_0, r_0), any float, as the next two, which are read only with so many PARTS
+    src1_ptr,
+    src2_ptr,
     amax_ptr,  # () f32
     x_ptr,  # (n, K) e4m3, the columns before out's; this and the next only with RIDE
     rows_ptr,  # (n,) f32, their scales
     n,
     K,
     columns,
-    at,
-    r,
     width,
     out_stride_n,
     out_stride_c,
-    src_stride_n,
-    src_stride_r,
+    row0,  # of out, where the source's first one goes
+    n0,
+    at0,  # of each set of columns, where the source's first one goes
+    r0,
+    stride0_n,
+    stride0_r,
+    times0,
+    row1,
+    n1,
+    at1,
+    r1,
+    stride1_n,
+    stride1_r,
+    times1,
+    row2,
+    n2,
+    at2,
+    r2,
+    stride2_n,
+    stride2_r,
+    times2,
     k,
+    PARTS: tl.constexpr,
     RIDE: tl.constexpr,  # the value is src * k * amax / rows, else src * k / amax
     LESS: tl.constexpr,
     LO: tl.constexpr,  # bit i: set i of the columns is lo
@@ -192,9 +221,12 @@ def _split_kernel(
     line = tl.program_id(0).to(tl.int64) * LINES + tl.arange(0, LINES)[:, None]
     col = tl.arange(0, BLOCK)[None, :]
     which = col // width
-    j = col - which * width - at
-    there = (line < n) & (which < COUNT) & (j >= 0) & (j < r)
-    v = tl.load(src_ptr + line * src_stride_n + j * src_stride_r, mask=there, other=0.0).to(tl.float32)
+    j = tl.where(which < COUNT, col - which * width, -1)
+    v = _part(src_ptr, line, j, row0, n0, at0, r0, stride0_n, stride0_r, times0)
+    if PARTS > 1:
+        v += _part(src1_ptr, line, j, row1, n1, at1, r1, stride1_n, stride1_r, times1)
+    if PARTS > 2:
+        v += _part(src2_ptr, line, j, row2, n2, at2, r2, stride2_n, stride2_r, times2)
     amax = tl.load(amax_ptr)
     if RIDE:
         scale = tl.load(rows_ptr + line, mask=line < n, other=1.0)
@@ -354,48 +386,62 @@ def gate8(g: Tensor, u: Tensor, gelu: bool, out: Tensor) -> Tensor:
     return scale
 
 
+class Part(NamedTuple):
+    """A factor (n, r), any float, and where it goes."""
+
+    src: Tensor
+    row: int = 0  # its first line's
+    at: int = 0  # its first column's, in each set
+    times: float = 1.0
+
+
 def _split(
-    out: Tensor,
-    src: Tensor,
-    at: int,
-    sets: str,
-    amax: Tensor,
-    k: float,
-    x: Tensor | None = None,
+    out: Tensor, parts: list[Part], sets: str, amax: Tensor, k: float, x: Tensor | None = None,
     rows: Tensor | None = None,
-) -> None:
+) -> None:  # fmt: skip
     n, columns = out.shape
     K = 0 if x is None else x.shape[1]
     BLOCK = triton.next_power_of_2(columns)
     LINES = max(1, 2048 // BLOCK)
+    three = (parts * 3)[:3]
+    where = [v for p in three for v in (p.row, p.src.shape[0], p.at, p.src.shape[1], *p.src.stride(), p.times)]
     with torch.cuda.device_of(out):
         _split_kernel[(-(-n // LINES),)](
-            out, src, amax, out if x is None else x, amax if rows is None else rows, n, K, columns, at, src.shape[1],
-            columns // len(sets), *out.stride(), *src.stride(), k, RIDE=x is not None, LESS=LESS,
+            out, *(p.src for p in three), amax, out if x is None else x, amax if rows is None else rows, n, K, columns,
+            columns // len(sets), *out.stride(), *where, k, PARTS=len(parts), RIDE=x is not None, LESS=LESS,
             LO=sum(lo << i for i, lo in enumerate(SETS[sets])), COUNT=len(sets), LINES=LINES, BLOCK=BLOCK, num_warps=4,
         )  # fmt: skip
 
 
 @op("lora::split8", mutates=("out",))
-def _split_op(out: Tensor, src: Tensor, at: int, sets: str, amax: Tensor) -> None:
-    _split(out, src, at, sets, amax, TOP_FACTOR)
+def _split_op(
+    out: Tensor, srcs: list[Tensor], rows: list[int], ats: list[int], times: list[float], sets: str, amax: Tensor
+) -> None:
+    parts = [Part(*part) for part in zip(srcs, rows, ats, times, strict=True)]
+    _split(out, parts, sets, amax, TOP_FACTOR)
 
 
-def split8(out: Tensor, src: Tensor, sets: str, amax: Tensor, at: int = 0) -> None:
-    """Writes all of `out` (n, columns) e4m3: v of src (n, r) from column `at` of each of the `sets` on, 0 elsewhere.
+def split8(out: Tensor, parts: Sequence[Part], sets: str, amax: Tensor) -> None:
+    """Writes all of `out` (n, columns) e4m3: v of each of one to three parts, in each of the `sets`, 0 elsewhere.
 
-    `sets` is a key of SETS; each is a width of as many columns as src's group has, at + r or more: columns over sets,
-    rounded down.  v = src TOP_FACTOR / amax, so src is at most amax, ().
+    `sets` is a key of SETS; each is a width of as many columns as the parts have together, or more: columns over sets,
+    rounded down.  v = times src TOP_FACTOR / amax, so times src is at most amax, ().
     """
-    if use_triton(src, amax):
-        _split_op(out, src, at, sets, amax)
+    if not 1 <= len(parts) <= 3:
+        raise ValueError(f"{len(parts)} factors: one to three share the columns of a product")
+    srcs, rows, ats, times = (list(values) for values in zip(*parts, strict=True))
+    if use_triton(amax, *srcs):
+        _split_op(out, srcs, rows, ats, times, sets, amax)
     else:
-        _parts_ref(out, src.float() * (TOP_FACTOR / amax), at, sets)
+        v = torch.zeros(out.shape[0], out.shape[1] // len(sets), device=out.device)
+        for src, row, at, s in parts:
+            v[row : row + src.shape[0], at : at + src.shape[1]] = src.float() * s
+        _parts_ref(out, v * (TOP_FACTOR / amax), sets)
 
 
 @op("lora::ride8", mutates=("x", "scale"))
 def _ride_op(x: Tensor, K: int, scale: Tensor, src: Tensor, amax: Tensor, k: float) -> None:
-    _split(x[:, K:], src, 0, "hhl", amax, k, x[:, :K], scale)
+    _split(x[:, K:], [Part(src)], "hhl", amax, k, x[:, :K], scale)
 
 
 def ride8(x: Tensor, K: int, scale: Tensor, src: Tensor, amax: Tensor, k: float) -> None:
@@ -461,7 +507,7 @@ def product8(
     bias: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """x8 (M, K) w8ᵀ (K, N) by their scales (M, 1) and (1, N), plus a bias (N,), as (M, N) of `dtype`: `out` if given."""
+    """x8 (M, K) w8ᵀ (K, N) by their scales (M, 1) and (1, N), plus a bias (N,): (M, N) of `dtype`, `out` if given."""
     if x8.is_cuda:
         fast: dict[str, Any] = {"out_dtype": torch.bfloat16, "use_fast_accum": True}
         straight = out if out is not None and out.dtype == torch.bfloat16 else None

@@ -253,7 +253,9 @@ def gate_scales(
     """
     bg, bu = (None if b is None else b.detach().to(g.dtype) for b in (bg, bu))
     if use_triton(dh, g, u, *(b for b in (bg, bu) if b is not None)):
-        return _rows_op(dh, g, u, *(b if b is None or b.stride(1) == 1 else b.contiguous() for b in (bg, bu)), one, gelu)
+        return _rows_op(
+            dh, g, u, *(b if b is None or b.stride(1) == 1 else b.contiguous() for b in (bg, bu)), one, gelu
+        )
     return _scales_ref(dh, g, u, bg, bu, one, gelu)
 
 

@@ -278,7 +278,7 @@ class Keeping:
         self.budget: int | None = None
         self.recordable = False
         self.compute, self.said = "bf16", ""
-        self.scales8: dict[Any, float] = {}
+        self.scales8: dict[Any, tuple[float, Tensor]] = {}
         self.host = Host()
         self.chosen: tuple[int, list[str]] = (0, [])  # tokens of the largest step so far, and what goes with it
 

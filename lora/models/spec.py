@@ -206,16 +206,18 @@ def _eights(blocks: list[tuple[Group, ...]], x: Tensor, keeping: Keeping) -> lis
         torch._foreach_mul_(norms, [abs(low[2]) for low in lows])
         a = torch.stack(norms).amax().float().clamp(min=TINY)
         b = torch.stack(torch._foreach_norm([low[1].detach() for low in lows], float("inf"))).amax().clamp(min=TINY)
+    scales_a = fold8.scales_of_a([group for groups in blocks for group in groups], a)
     made = []
     for groups in blocks:
-        made.append(tuple(Eight(_scale(group, keeping), a, b) for group in groups))
+        made.append(tuple(Eight(*_scale(group, x.device, keeping), a, b, scales_a) for group in groups))
     return made
 
 
-def _scale(group: Group, keeping: Keeping) -> float:
-    """The scale of a group's weights, looked up once: it makes the host wait."""
+def _scale(group: Group, device: torch.device, keeping: Keeping) -> tuple[float, Tensor]:
+    """The scale of a group's weights, and as often as its products want it; once, since it makes the host wait."""
     memory = [w.q if isinstance(w, Weight4) else w for w in group.weights]
     key = tuple((t.data_ptr(), t._version) for t in memory)
     if key not in keeping.scales8:
-        keeping.scales8[key] = max(weight_scale(w) for w in group.weights)
+        scale = max(weight_scale(w) for w in group.weights)
+        keeping.scales8[key] = scale, fold8.scales_of(group, scale, device)
     return keeping.scales8[key]
