@@ -23,8 +23,7 @@ from lora.kernels.fp8 import TINY, TOP, to_f8
 from lora.kernels.gate import _backward_ref, _factor, _unit
 from lora.kernels.op import op
 
-# Rows, columns, warps and stages of the pass by rows; rows, columns and warps of that by columns
-BY_ROWS, BY_COLS = (32, 64, 4, 3), (32, 32, 2)
+BY_ROWS, BY_COLS = (64, 64, 4, 3), (32, 64, 2, 3)  # rows, columns, warps and stages of the passes
 PROGRAMS = 256  # by rows, at least: where the rows alone are fewer, several share a row
 PARTS = 8  # programs that share a column
 
@@ -172,6 +171,7 @@ def _cols_kernel(
     R: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
+    STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     part = tl.program_id(1).to(tl.int64)
@@ -180,7 +180,7 @@ def _cols_kernel(
     da = tl.zeros((COLS, R), dtype=tl.float32)
     dbg = tl.zeros((COLS, R), dtype=tl.float32)
     dbu = tl.zeros((COLS, R), dtype=tl.float32)
-    for step in range(steps):
+    for step in tl.range(0, steps, num_stages=STAGES):
         row = (part * steps + step) * ROWS + tl.arange(0, ROWS)[:, None]  # (ROWS, 1) int64
         at = col[None, :]
         mask = (row < M) & (at < F)
@@ -213,6 +213,11 @@ def _cols_kernel(
 
 
 # ---- launch ----
+def _stages(x: Tensor, stages: int) -> int:
+    """Steps whose tiles are on their way or at work at once: shared memory has room for so many in 16 bits."""
+    return stages if x.element_size() == 2 else 1
+
+
 @op("lora::gate_scales8")
 def _rows_op(
     dh: Tensor, g: Tensor, u: Tensor, bg: Tensor | None, bu: Tensor | None, one: bool, gelu: bool
@@ -231,7 +236,7 @@ def _rows_op(
             dh, g, u, g if bg is None else bg, g if bu is None else bu, scale, low, M, F, each * COLS,
             dh.stride(0), g.stride(0), u.stride(0), *(0 if b is None else b.stride(0) for b in (bg, bu)), r_g, r_u, r,
             GELU=gelu, INTERPRETED=INTERPRETED, G=bg is not None, U=bu is not None, ONE=one,
-            R=max(16, triton.next_power_of_2(max(r_g, r_u))), TOP=TOP, TINY=TINY, ROWS=ROWS, COLS=COLS, STAGES=STAGES,
+            R=max(16, triton.next_power_of_2(max(r_g, r_u))), TOP=TOP, TINY=TINY, ROWS=ROWS, COLS=COLS, STAGES=_stages(g, STAGES),
             PRECISION="ieee" if g.dtype == torch.float32 else "tf32", num_warps=num_warps,
         )  # fmt: skip
     return (scale[0], low[0]) if shares == 1 else (scale.amax(0), low.sum(0))
@@ -265,17 +270,18 @@ def _cols_op(
     tu: Tensor | None, sums: Tensor, gelu: bool,
 ) -> None:  # fmt: skip
     M, F = g.shape
-    ROWS, COLS, num_warps = BY_COLS
+    ROWS, COLS, num_warps, STAGES = BY_COLS
     parts, size = sums.shape
     ranks = [0 if t is None else t.shape[1] for t in (v, tg, tu)]
+    R = max(16, triton.next_power_of_2(max(ranks)))
     with torch.cuda.device_of(g):
         _cols_kernel[(-(-F // COLS), parts)](
             dh, g, u, scale, out, *(g if t is None else t for t in (v, tg, tu)), sums, M, F, -(-M // (parts * ROWS)),
             size, dh.stride(0), g.stride(0), u.stride(0), out.stride(0),
             *(0 if t is None else t.stride(0) for t in (v, tg, tu)), *ranks,
             GELU=gelu, INTERPRETED=INTERPRETED, V=v is not None, TG=tg is not None, TU=tu is not None,
-            R=max(16, triton.next_power_of_2(max(ranks))), ROWS=ROWS, COLS=COLS,
-            PRECISION="ieee" if g.dtype == torch.float32 else "tf32", num_warps=num_warps,
+            R=R, ROWS=ROWS, COLS=COLS, STAGES=_stages(g, STAGES),
+            PRECISION="ieee" if g.dtype == torch.float32 else "tf32", num_warps=num_warps * (1 if R == 16 else 2),
         )  # fmt: skip
 
 
