@@ -123,8 +123,8 @@ def _split_b(group: Group, eight: Eight, out: Tensor) -> None:
     split8(out, parts, "hlh", eight.b)
 
 
-def _low(group: Group, eight: Eight, x: Rounded, like: Tensor) -> Tensor:
-    """T (M, Σ r) of the rounded input, by the same kind of product."""
+def _low(group: Group, eight: Eight, x: Rounded, like: Tensor) -> list[Tensor]:
+    """The two parts of T (M, Σ r) of the rounded input, by the same kind of product."""
     R, K, two = sum(group.ranks), group.K, two_parts(group)
     a8 = torch.empty(two, K, dtype=F8, device=like.device)
     _split_a(group, eight, a8.T, "hl")
@@ -132,7 +132,7 @@ def _low(group: Group, eight: Eight, x: Rounded, like: Tensor) -> Tensor:
     rows = x.x8.shape[1]
     x8 = x.x8 if rows == K else x.x8.as_strided((M, K), (rows, 1))
     t = product8(x8, x.scale, a8, eight.scales_a[:, :two], like.dtype)
-    return t[:, :R] + t[:, two // 2 : two // 2 + R]
+    return [t[:, :R], t[:, two // 2 : two // 2 + R]]
 
 
 def forward(
@@ -149,8 +149,10 @@ def forward(
         decode8(w, eight.scale, w8[row : row + w.shape[0], :K])
         row += w.shape[0]
     if R:
-        t = _low(group, eight, x, like) if t is None else t
-        ride8(x.x8, K, x.scale, t, eight.b, 1.0 / (TOP_FACTOR * eight.scale))
+        srcs, made = [t] if t is not None else _low(group, eight, x, like), None
+        if t is None:
+            t = made = torch.empty(x.scale.shape[0], R, dtype=like.dtype, device=like.device)
+        ride8(x.x8, K, x.scale, srcs, eight.b, 1.0 / (TOP_FACTOR * eight.scale), made)
         _split_b(group, eight, w8[:, K:])
     bias = None
     if any(b is not None for b in group.biases):
@@ -203,7 +205,7 @@ def backward(
         y8 = _wide8(dy.shape[0], N, more, dy, "input8")
     scale = rows8(dy, y8[:, :N])
     if u is not None:
-        ride8(y8, N, scale, u, eight.a, 1.0 / (TOP_FACTOR * eight.scale))
+        ride8(y8, N, scale, [u], eight.a, 1.0 / (TOP_FACTOR * eight.scale))
         u = fold.scaled(group, u)
     dx = product8(y8, scale, w8, eight.scales[:, :K], dy.dtype)
     return dx, u, dbs
@@ -238,7 +240,7 @@ def gate_backward(
         some = [None if f is None else f[piece] for f in factors]
         gate_round(dh[piece], g[piece], u[piece], scale[piece], y8[:, :N], (some[0], some[1], some[2]), part, gelu)
         if R:
-            ride8(y8, N, scale[piece], low[piece], eight.a, 1.0 / (TOP_FACTOR * eight.scale))
+            ride8(y8, N, scale[piece], [low[piece]], eight.a, 1.0 / (TOP_FACTOR * eight.scale))
         product8(y8, scale[piece], w8, eight.scales[:, :K], dx.dtype, out=dx[piece])
     da, *dbs = totals(sums, F, factors)
     if one and dbs[0] is not None and dbs[1] is not None:

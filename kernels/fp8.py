@@ -182,6 +182,7 @@ def _split_kernel(
     amax_ptr,  # () f32
     x_ptr,  # (n, K) e4m3, the columns before out's; this and the next only with RIDE
     rows_ptr,  # (n,) f32, their scales
+    total_ptr,  # (n, r_0), written only with TOTAL: the parts added up and rounded, which is what rides
     n,
     K,
     columns,
@@ -211,6 +212,7 @@ def _split_kernel(
     times2,
     k,
     PARTS: tl.constexpr,
+    TOTAL: tl.constexpr,
     RIDE: tl.constexpr,  # the value is src * k * amax / rows, else src * k / amax
     LESS: tl.constexpr,
     LO: tl.constexpr,  # bit i: set i of the columns is lo
@@ -227,6 +229,10 @@ def _split_kernel(
         v += _part(src1_ptr, line, j, row1, n1, at1, r1, stride1_n, stride1_r, times1)
     if PARTS > 2:
         v += _part(src2_ptr, line, j, row2, n2, at2, r2, stride2_n, stride2_r, times2)
+    if TOTAL:
+        v = v.to(total_ptr.dtype.element_ty)
+        tl.store(total_ptr + line * r0 + j, v, mask=(line < n) & (which == 0) & (j < r0))
+        v = v.to(tl.float32)
     amax = tl.load(amax_ptr)
     if RIDE:
         scale = tl.load(rows_ptr + line, mask=line < n, other=1.0)
@@ -397,7 +403,7 @@ class Part(NamedTuple):
 
 def _split(
     out: Tensor, parts: list[Part], sets: str, amax: Tensor, k: float, x: Tensor | None = None,
-    rows: Tensor | None = None,
+    rows: Tensor | None = None, total: Tensor | None = None,
 ) -> None:  # fmt: skip
     n, columns = out.shape
     K = 0 if x is None else x.shape[1]
@@ -405,11 +411,13 @@ def _split(
     LINES = max(1, 2048 // BLOCK)
     three = (parts * 3)[:3]
     where = [v for p in three for v in (p.row, p.src.shape[0], p.at, p.src.shape[1], *p.src.stride(), p.times)]
+    others = (out if x is None else x, amax if rows is None else rows, out if total is None else total)
     with torch.cuda.device_of(out):
         _split_kernel[(-(-n // LINES),)](
-            out, *(p.src for p in three), amax, out if x is None else x, amax if rows is None else rows, n, K, columns,
-            columns // len(sets), *out.stride(), *where, k, PARTS=len(parts), RIDE=x is not None, LESS=LESS,
-            LO=sum(lo << i for i, lo in enumerate(SETS[sets])), COUNT=len(sets), LINES=LINES, BLOCK=BLOCK, num_warps=4,
+            out, *(p.src for p in three), amax, *others, n, K, columns,
+            columns // len(sets), *out.stride(), *where, k, PARTS=len(parts), TOTAL=total is not None,
+            RIDE=x is not None, LESS=LESS, LO=sum(lo << i for i, lo in enumerate(SETS[sets])), COUNT=len(sets),
+            LINES=LINES, BLOCK=BLOCK, num_warps=4,
         )  # fmt: skip
 
 
@@ -439,19 +447,29 @@ def split8(out: Tensor, parts: Sequence[Part], sets: str, amax: Tensor) -> None:
         _parts_ref(out, v * (TOP_FACTOR / amax), sets)
 
 
-@op("lora::ride8", mutates=("x", "scale"))
-def _ride_op(x: Tensor, K: int, scale: Tensor, src: Tensor, amax: Tensor, k: float) -> None:
-    _split(x[:, K:], [Part(src)], "hhl", amax, k, x[:, :K], scale)
+@op("lora::ride8", mutates=("x", "scale", "total"))
+def _ride_op(
+    x: Tensor, K: int, scale: Tensor, srcs: list[Tensor], amax: Tensor, k: float, total: Tensor | None
+) -> None:
+    _split(x[:, K:], [Part(src) for src in srcs], "hhl", amax, k, x[:, :K], scale, total)
 
 
-def ride8(x: Tensor, K: int, scale: Tensor, src: Tensor, amax: Tensor, k: float) -> None:
+def ride8(
+    x: Tensor, K: int, scale: Tensor, srcs: list[Tensor], amax: Tensor, k: float, total: Tensor | None = None
+) -> None:
     """Writes all columns of x (n, ..) e4m3 from K on: hi, hi and lo of v = src k amax / scale, src (n, r), then 0.
 
+    src is the one in `srcs`, or the sum of two, rounded to `total` (n, r) and written there.
     Rows of x, with the scales (n, 1), whose v does not fit are made smaller and their scales larger, by a power of two.
     """
-    if use_triton(src, amax, scale):
-        _ride_op(x, K, scale, src, amax, k)
+    if (len(srcs), total is None) not in ((1, True), (2, False)):
+        raise ValueError(
+            f"{len(srcs)} columns to ride, total {'not ' * (total is None)}given: one without, or two with"
+        )
+    if use_triton(amax, scale, *srcs, *(() if total is None else (total,))):
+        _ride_op(x, K, scale, srcs, amax, k, total)
     else:
+        src = srcs[0] if total is None else total.copy_(srcs[0].float() + srcs[1].float())
         _ride_ref(x, K, scale, src, amax, k)
 
 

@@ -236,8 +236,8 @@ def _rows_op(
             dh, g, u, g if bg is None else bg, g if bu is None else bu, scale, low, M, F, each * COLS,
             dh.stride(0), g.stride(0), u.stride(0), *(0 if b is None else b.stride(0) for b in (bg, bu)), r_g, r_u, r,
             GELU=gelu, INTERPRETED=INTERPRETED, G=bg is not None, U=bu is not None, ONE=one,
-            R=max(16, triton.next_power_of_2(max(r_g, r_u))), TOP=TOP, TINY=TINY, ROWS=ROWS, COLS=COLS, STAGES=_stages(g, STAGES),
-            PRECISION="ieee" if g.dtype == torch.float32 else "tf32", num_warps=num_warps,
+            R=max(16, triton.next_power_of_2(max(r_g, r_u))), TOP=TOP, TINY=TINY, ROWS=ROWS, COLS=COLS,
+            STAGES=_stages(g, STAGES), PRECISION="ieee" if g.dtype == torch.float32 else "tf32", num_warps=num_warps,
         )  # fmt: skip
     return (scale[0], low[0]) if shares == 1 else (scale.amax(0), low.sum(0))
 

@@ -121,7 +121,7 @@ def test_a_row_makes_room_for_what_rides_along(wish: str) -> None:
     buffer = poisoned(40, 148)
     scale = rows8(x, buffer[:, :100])
     before, alone = buffer[:, :100].float(), scale.clone()
-    ride8(buffer, 100, scale, src, torch.tensor(3.0, device=DEVICE), 0.1)
+    ride8(buffer, 100, scale, [src], torch.tensor(3.0, device=DEVICE), 0.1)
     less = torch.log2(scale / alone)
     assert torch.equal(less, less.round()) and bool((less[:10] == 0).all())
     assert bool((less[10:20] > 0).all()) and bool((less[20:30] > less[10:20].max()).all()) and float(less.max()) == 8
@@ -132,6 +132,24 @@ def test_a_row_makes_room_for_what_rides_along(wish: str) -> None:
     assert torch.equal(hi[:30], again[:30]) and bool(hi[30:].isnan().any(dim=1).all())
     want = src * 0.3 / scale
     assert bool((hi + lo - want)[:30].abs().le(want[:30].abs() * 2.0**-8 + 2.0**-10).all())
+
+
+def test_two_parts_ride_as_their_sum(wish: str) -> None:
+    skip_crude(wish)
+    torch.manual_seed(0)
+    both, amax = torch.randn(40, 26, device=DEVICE).to(DTYPES[-1]), torch.tensor(3.0, device=DEVICE)
+    one, two = both[:, :5], both[:, 16:21]
+    runs = []
+    for parts in ([one, two], [(one.float() + two.float()).to(both.dtype)]):
+        buffer = poisoned(40, 148)
+        buffer[:, :100] = torch.ones(100, device=DEVICE).to(F8)
+        total = torch.full((40, 5), torch.nan, dtype=both.dtype, device=DEVICE) if len(parts) == 2 else None
+        scale = torch.full((40, 1), 0.1, device=DEVICE)
+        ride8(buffer, 100, scale, parts, amax, 0.1, total)
+        runs.append([buffer.contiguous().view(torch.uint8), scale, parts[0] if total is None else total])
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+    with pytest.raises(ValueError, match="one without, or two with"):
+        ride8(buffer, 100, scale, [one, two], amax, 0.1)
 
 
 @pytest.mark.parametrize("double", [False, True])
