@@ -6,9 +6,8 @@
 
 A row's scale is its largest value over TOP, known when the whole row has been read; the sums da and db go over the
 columns' whole length.  So there are two passes, each of which makes dg and du from dh, g and u: one by rows, for the
-scale and U, and one by columns, which rounds and sums.  Neither scale nor sums are made from rounded numbers.
-One pass by rows with dg and du in registers would move one tensor less, but U and the sums would then be made from the
-rounded numbers, which errs by 3 % more than the products around them.
+scale and U, and one by columns, which rounds and sums.  Neither U nor the sums are made from rounded numbers.  (They
+would be if one pass by rows held dg and du in registers: as many bytes, and each of the numbers off by some 3 %.)
 
 Bytes that must move, in tensors of M x F in 16 bits: 3 and 3 + 1.  Gate.py's 5, U's 2 and rounding's 3 were 10.
 For 8192 x 14336 at 3.0 TB/s: 0.235 and 0.313 ms.
@@ -23,7 +22,7 @@ from lora.kernels.fp8 import TINY, TOP, to_f8
 from lora.kernels.gate import _backward_ref, _factor, _unit
 from lora.kernels.op import op
 
-BY_ROWS, BY_COLS = (64, 64, 4, 3), (32, 64, 2, 3)  # rows, columns, warps and stages of the passes
+BY_ROWS, BY_COLS = (64, 64, 4, 4), (32, 64, 2, 3)  # rows, columns, warps and stages of the passes
 PROGRAMS = 256  # by rows, at least: where the rows alone are fewer, several share a row
 PARTS = 8  # programs that share a column
 
@@ -286,7 +285,7 @@ def _cols_op(
 
 
 def new_sums(pieces: int, F: int, factors: Factors, device: torch.device) -> Tensor:
-    """Room for the sums of `pieces` calls of `gate_round`, each of which takes a piece of equal length."""
+    """Room for the sums of `pieces` calls of `gate_round`, each over some of the rows: (pieces, programs, size)."""
     size = F * sum(t.shape[1] for t in factors if t is not None)
     return torch.empty(pieces, max(1, PARTS // pieces), size, dtype=torch.float32, device=device)
 
