@@ -13,6 +13,9 @@ within 24 steps: LOG.md, 2026-11-27).  What does not fit with j = 8 either becom
 Source: arXiv:2209.05433 (the format); row scales as in arXiv:2409.12517.
 """
 
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -35,6 +38,7 @@ TINY = 1e-20  # a row of zeros has scale TINY / TOP, not 0: something is divided
 
 # Rows, columns and warps of a program that decodes
 TILE, TILE_TURNED = (64, 256, 8), (128, 128, 4)
+SPLIT = (2048, 4)  # values and warps of a program that splits factors
 
 SETS = {"hhl": (0, 0, 1), "hlh": (0, 1, 0), "hl": (0, 1)}  # 0 hi, 1 lo
 LESS = 8  # a row becomes 2**-LESS of itself at most: its largest value keeps its bits
@@ -53,13 +57,13 @@ def _rows_ref(x: Tensor, out: Tensor, scale: Tensor) -> None:
     out.copy_(to_f8(x * (TOP / amax)))
 
 
-def _parts_ref(out: Tensor, v: Tensor, at: int, sets: str) -> None:
+def _parts_ref(out: Tensor, v: Tensor, sets: str) -> None:
     width = out.shape[1] // len(sets)
     out.copy_(torch.zeros(out.shape, device=out.device).to(F8))
     hi = to_f8(v)
     both = (hi, to_f8(v - hi.float()))
     for i, which in enumerate(SETS[sets]):
-        out[:, i * width + at : i * width + at + v.shape[1]] = both[which]
+        out[:, i * width : i * width + v.shape[1]] = both[which]
 
 
 def _ride_ref(x: Tensor, K: int, scale: Tensor, src: Tensor, amax: Tensor, k: float) -> None:
@@ -68,7 +72,7 @@ def _ride_ref(x: Tensor, K: int, scale: Tensor, src: Tensor, amax: Tensor, k: fl
     less = torch.where(top > LARGEST, torch.frexp(top).exponent - 8, 0).clamp(0, LESS).float()  # to 256 at most
     x[:, :K] = to_f8(x[:, :K].float() * torch.exp2(-less))
     scale.mul_(torch.exp2(less))
-    _parts_ref(x[:, K:], v * torch.exp2(-less), 0, "hhl")
+    _parts_ref(x[:, K:], v * torch.exp2(-less), "hhl")
 
 
 # ---- kernel ----
@@ -163,23 +167,53 @@ def _gate_kernel(
 
 
 @triton.jit
+def _part(ptr, line, j, row, n, at, r, stride_n, stride_r, times):
+    """Values of a factor (n, r) at lines from `row` and columns from `at` on, 0 elsewhere."""
+    there = (line >= row) & (line < row + n) & (j >= at) & (j < at + r)
+    at_it = ptr + (line - row) * stride_n + (j - at) * stride_r
+    return tl.load(at_it, mask=there, other=0.0).to(tl.float32) * times
+
+
+@triton.jit
 def _split_kernel(
     out_ptr,  # (n, columns) e4m3
-    src_ptr,  # (n, r), any float
+    src_ptr,  # (n_0, r_0), any float, as the next two, which are read only with so many PARTS
+    src1_ptr,
+    src2_ptr,
     amax_ptr,  # () f32
     x_ptr,  # (n, K) e4m3, the columns before out's; this and the next only with RIDE
     rows_ptr,  # (n,) f32, their scales
+    total_ptr,  # (n, r_0), written only with TOTAL: the parts added up and rounded, which is what rides
     n,
     K,
     columns,
-    at,
-    r,
     width,
     out_stride_n,
     out_stride_c,
-    src_stride_n,
-    src_stride_r,
+    row0,  # of out, where the source's first one goes
+    n0,
+    at0,  # of each set of columns, where the source's first one goes
+    r0,
+    stride0_n,
+    stride0_r,
+    times0,
+    row1,
+    n1,
+    at1,
+    r1,
+    stride1_n,
+    stride1_r,
+    times1,
+    row2,
+    n2,
+    at2,
+    r2,
+    stride2_n,
+    stride2_r,
+    times2,
     k,
+    PARTS: tl.constexpr,
+    TOTAL: tl.constexpr,
     RIDE: tl.constexpr,  # the value is src * k * amax / rows, else src * k / amax
     LESS: tl.constexpr,
     LO: tl.constexpr,  # bit i: set i of the columns is lo
@@ -190,9 +224,16 @@ def _split_kernel(
     line = tl.program_id(0).to(tl.int64) * LINES + tl.arange(0, LINES)[:, None]
     col = tl.arange(0, BLOCK)[None, :]
     which = col // width
-    j = col - which * width - at
-    there = (line < n) & (which < COUNT) & (j >= 0) & (j < r)
-    v = tl.load(src_ptr + line * src_stride_n + j * src_stride_r, mask=there, other=0.0).to(tl.float32)
+    j = tl.where(which < COUNT, col - which * width, -1)
+    v = _part(src_ptr, line, j, row0, n0, at0, r0, stride0_n, stride0_r, times0)
+    if PARTS > 1:
+        v += _part(src1_ptr, line, j, row1, n1, at1, r1, stride1_n, stride1_r, times1)
+    if PARTS > 2:
+        v += _part(src2_ptr, line, j, row2, n2, at2, r2, stride2_n, stride2_r, times2)
+    if TOTAL:
+        v = v.to(total_ptr.dtype.element_ty)
+        tl.store(total_ptr + line * r0 + j, v, mask=(line < n) & (which == 0) & (j < r0))
+        v = v.to(tl.float32)
     amax = tl.load(amax_ptr)
     if RIDE:
         scale = tl.load(rows_ptr + line, mask=line < n, other=1.0)
@@ -352,58 +393,84 @@ def gate8(g: Tensor, u: Tensor, gelu: bool, out: Tensor) -> Tensor:
     return scale
 
 
+class Part(NamedTuple):
+    """A factor (n, r), any float, and where it goes."""
+
+    src: Tensor
+    row: int = 0  # its first line's
+    at: int = 0  # its first column's, in each set
+    times: float = 1.0
+
+
 def _split(
-    out: Tensor,
-    src: Tensor,
-    at: int,
-    sets: str,
-    amax: Tensor,
-    k: float,
-    x: Tensor | None = None,
-    rows: Tensor | None = None,
-) -> None:
+    out: Tensor, parts: list[Part], sets: str, amax: Tensor, k: float, x: Tensor | None = None,
+    rows: Tensor | None = None, total: Tensor | None = None,
+) -> None:  # fmt: skip
     n, columns = out.shape
     K = 0 if x is None else x.shape[1]
     BLOCK = triton.next_power_of_2(columns)
-    LINES = max(1, 2048 // BLOCK)
+    LINES, num_warps = max(1, SPLIT[0] // BLOCK), SPLIT[1]
+    three = (parts * 3)[:3]
+    where = [v for p in three for v in (p.row, p.src.shape[0], p.at, p.src.shape[1], *p.src.stride(), p.times)]
+    others = (out if x is None else x, amax if rows is None else rows, out if total is None else total)
     with torch.cuda.device_of(out):
         _split_kernel[(-(-n // LINES),)](
-            out, src, amax, out if x is None else x, amax if rows is None else rows, n, K, columns, at, src.shape[1],
-            columns // len(sets), *out.stride(), *src.stride(), k, RIDE=x is not None, LESS=LESS,
-            LO=sum(lo << i for i, lo in enumerate(SETS[sets])), COUNT=len(sets), LINES=LINES, BLOCK=BLOCK, num_warps=4,
+            out, *(p.src for p in three), amax, *others, n, K, columns,
+            columns // len(sets), *out.stride(), *where, k, PARTS=len(parts), TOTAL=total is not None,
+            RIDE=x is not None, LESS=LESS, LO=sum(lo << i for i, lo in enumerate(SETS[sets])), COUNT=len(sets),
+            LINES=LINES, BLOCK=BLOCK, num_warps=num_warps,
         )  # fmt: skip
 
 
 @op("lora::split8", mutates=("out",))
-def _split_op(out: Tensor, src: Tensor, at: int, sets: str, amax: Tensor) -> None:
-    _split(out, src, at, sets, amax, TOP_FACTOR)
+def _split_op(
+    out: Tensor, srcs: list[Tensor], rows: list[int], ats: list[int], times: list[float], sets: str, amax: Tensor
+) -> None:
+    parts = [Part(*part) for part in zip(srcs, rows, ats, times, strict=True)]
+    _split(out, parts, sets, amax, TOP_FACTOR)
 
 
-def split8(out: Tensor, src: Tensor, sets: str, amax: Tensor, at: int = 0) -> None:
-    """Writes all of `out` (n, columns) e4m3: v of src (n, r) from column `at` of each of the `sets` on, 0 elsewhere.
+def split8(out: Tensor, parts: Sequence[Part], sets: str, amax: Tensor) -> None:
+    """Writes all of `out` (n, columns) e4m3: v of each of one to three parts, in each of the `sets`, 0 elsewhere.
 
-    `sets` is a key of SETS; each is a width of as many columns as src's group has, at + r or more: columns over sets,
-    rounded down.  v = src TOP_FACTOR / amax, so src is at most amax, ().
+    `sets` is a key of SETS; each is a width of as many columns as the parts have together, or more: columns over sets,
+    rounded down.  v = times src TOP_FACTOR / amax, so times src is at most amax, ().
     """
-    if use_triton(src, amax):
-        _split_op(out, src, at, sets, amax)
+    if not 1 <= len(parts) <= 3:
+        raise ValueError(f"{len(parts)} factors: one to three share the columns of a product")
+    srcs, rows, ats, times = (list(values) for values in zip(*parts, strict=True))
+    if use_triton(amax, *srcs):
+        _split_op(out, srcs, rows, ats, times, sets, amax)
     else:
-        _parts_ref(out, src.float() * (TOP_FACTOR / amax), at, sets)
+        v = torch.zeros(out.shape[0], out.shape[1] // len(sets), device=out.device)
+        for src, row, at, s in parts:
+            v[row : row + src.shape[0], at : at + src.shape[1]] = src.float() * s
+        _parts_ref(out, v * (TOP_FACTOR / amax), sets)
 
 
-@op("lora::ride8", mutates=("x", "scale"))
-def _ride_op(x: Tensor, K: int, scale: Tensor, src: Tensor, amax: Tensor, k: float) -> None:
-    _split(x[:, K:], src, 0, "hhl", amax, k, x[:, :K], scale)
+@op("lora::ride8", mutates=("x", "scale", "total"))
+def _ride_op(
+    x: Tensor, K: int, scale: Tensor, srcs: list[Tensor], amax: Tensor, k: float, total: Tensor | None
+) -> None:
+    _split(x[:, K:], [Part(src) for src in srcs], "hhl", amax, k, x[:, :K], scale, total)
 
 
-def ride8(x: Tensor, K: int, scale: Tensor, src: Tensor, amax: Tensor, k: float) -> None:
+def ride8(
+    x: Tensor, K: int, scale: Tensor, srcs: list[Tensor], amax: Tensor, k: float, total: Tensor | None = None
+) -> None:
     """Writes all columns of x (n, ..) e4m3 from K on: hi, hi and lo of v = src k amax / scale, src (n, r), then 0.
 
+    src is the one in `srcs`, or the sum of two, rounded to `total` (n, r) and written there.
     Rows of x, with the scales (n, 1), whose v does not fit are made smaller and their scales larger, by a power of two.
     """
-    if use_triton(src, amax, scale):
-        _ride_op(x, K, scale, src, amax, k)
+    if (len(srcs), total is None) not in ((1, True), (2, False)):
+        raise ValueError(
+            f"{len(srcs)} columns to ride, total {'not ' * (total is None)}given: one without, or two with"
+        )
+    if use_triton(amax, scale, *srcs, *(() if total is None else (total,))):
+        _ride_op(x, K, scale, srcs, amax, k, total)
     else:
+        src = srcs[0] if total is None else total.copy_(srcs[0].float() + srcs[1].float())
         _ride_ref(x, K, scale, src, amax, k)
 
 
@@ -451,14 +518,25 @@ def weight_scale(weight: Weight4 | Tensor) -> float:
 
 
 def product8(
-    x8: Tensor, x_scale: Tensor, w8: Tensor, w_scale: Tensor, dtype: torch.dtype, bias: Tensor | None = None
+    x8: Tensor,
+    x_scale: Tensor,
+    w8: Tensor,
+    w_scale: Tensor,
+    dtype: torch.dtype,
+    bias: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """x8 (M, K) w8ᵀ (K, N) by their scales (M, 1) and (1, N), plus a bias (N,), as (M, N) of `dtype`."""
+    """x8 (M, K) w8ᵀ (K, N) by their scales (M, 1) and (1, N), plus a bias (N,): (M, N) of `dtype`, `out` if given."""
     if x8.is_cuda:
-        y = torch._scaled_mm(x8, w8.t(), x_scale, w_scale, bias=bias, out_dtype=torch.bfloat16, use_fast_accum=True)
-        return y if dtype == torch.bfloat16 else y.to(dtype)
-    y = (x8.float() @ w8.float().T) * x_scale * w_scale
-    return (y if bias is None else y + bias.float()).to(dtype)
+        fast: dict[str, Any] = {"out_dtype": torch.bfloat16, "use_fast_accum": True}
+        straight = out if out is not None and out.dtype == torch.bfloat16 else None
+        y = torch._scaled_mm(x8, w8.t(), x_scale, w_scale, bias=bias, **fast, out=straight)
+    else:
+        straight, y = None, (x8.float() @ w8.float().T) * x_scale * w_scale
+        y = y if bias is None else y + bias.float()
+    if out is None:
+        return y.to(dtype)
+    return out if straight is not None else out.copy_(y)
 
 
 def refusal(device: torch.device, dtype: torch.dtype) -> str | None:

@@ -31,6 +31,7 @@ from lora.kernels import (
     feed,
     fold,
     fp8,
+    gate8,
     gemv4,
     lay,
     norm,
@@ -387,12 +388,26 @@ def fp8_gate(put: Put) -> Call:
 
 
 @case
+def fp8_gate_backward(put: Put) -> Call:
+    dh, g, u = (put(half(37, 83)) for _ in range(3))
+    bg, bu, v, tg, tu = put(half(83, 3)), put(half(83, 5)), put(half(37, 2)), put(half(37, 3)), put(half(37, 5))
+
+    def call() -> list[Tensor]:
+        scale, low = gate8.gate_scales(dh, g, u, bg, bu, False)
+        out, sums = bytes8(37, 166, g), gate8.new_sums(1, 83, (v, tg, tu), g.device)
+        gate8.gate_round(dh, g, u, scale, out, (v, tg, tu), sums[0], False)
+        return [scale, low, out, sums]
+
+    return call
+
+
+@case
 def fp8_split(put: Put) -> Call:
     src, amax = put(torch.randn(9, 5)), put(torch.tensor(3.0))
 
     def call() -> list[Tensor]:
         out = bytes8(9, 50, src)
-        fp8.split8(out, src, "hlh", amax, at=3)
+        fp8.split8(out, [fp8.Part(src, at=3)], "hlh", amax)
         return [out]
 
     return call
@@ -405,8 +420,9 @@ def fp8_ride(put: Put) -> Call:
     def call() -> list[Tensor]:
         out, scales = bytes8(9, 118, src), scale.clone()
         out.view(torch.uint8).fill_(0x55)
-        fp8.ride8(out, 70, scales, src, amax, 1.0)
-        return [out, scales]
+        total = torch.empty(9, 5, device=src.device)
+        fp8.ride8(out, 70, scales, [src, src], amax, 1.0, total)
+        return [out, scales, total]
 
     return call
 

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from lora.kernels import dispatch, fold8, fp8
 from lora.kernels.fold import Group
-from lora.kernels.fp8 import F8, TOP, decode8, gate8, norm8, ride8, rows8, split8, to_f8
+from lora.kernels.fp8 import F8, TOP, Part, decode8, gate8, norm8, ride8, rows8, split8, to_f8
 from lora.quant.linear import Linear4bit
 from lora.quant.weight import quantize_tensor
 
@@ -101,7 +101,7 @@ def test_two_parts_hold_a_factor_as_exactly_as_bfloat16(wish: str) -> None:
     skip_crude(wish)
     b, amax = torch.randn(40, 5, device=DEVICE), torch.tensor(4.0, device=DEVICE)
     out = poisoned(40, 48)
-    split8(out, b, "hlh", amax, at=3)
+    split8(out, [Part(b, at=3)], "hlh", amax)
     hi, lo, again = (out[:, i * 16 + 3 : i * 16 + 8].float() for i in range(3))
     assert torch.equal(hi, again)
     want = b * (fp8.TOP_FACTOR / 4.0)
@@ -121,7 +121,7 @@ def test_a_row_makes_room_for_what_rides_along(wish: str) -> None:
     buffer = poisoned(40, 148)
     scale = rows8(x, buffer[:, :100])
     before, alone = buffer[:, :100].float(), scale.clone()
-    ride8(buffer, 100, scale, src, torch.tensor(3.0, device=DEVICE), 0.1)
+    ride8(buffer, 100, scale, [src], torch.tensor(3.0, device=DEVICE), 0.1)
     less = torch.log2(scale / alone)
     assert torch.equal(less, less.round()) and bool((less[:10] == 0).all())
     assert bool((less[10:20] > 0).all()) and bool((less[20:30] > less[10:20].max()).all()) and float(less.max()) == 8
@@ -132,6 +132,24 @@ def test_a_row_makes_room_for_what_rides_along(wish: str) -> None:
     assert torch.equal(hi[:30], again[:30]) and bool(hi[30:].isnan().any(dim=1).all())
     want = src * 0.3 / scale
     assert bool((hi + lo - want)[:30].abs().le(want[:30].abs() * 2.0**-8 + 2.0**-10).all())
+
+
+def test_two_parts_ride_as_their_sum(wish: str) -> None:
+    skip_crude(wish)
+    torch.manual_seed(0)
+    both, amax = torch.randn(40, 26, device=DEVICE).to(DTYPES[-1]), torch.tensor(3.0, device=DEVICE)
+    one, two = both[:, :5], both[:, 16:21]
+    runs = []
+    for parts in ([one, two], [(one.float() + two.float()).to(both.dtype)]):
+        buffer = poisoned(40, 148)
+        buffer[:, :100] = torch.ones(100, device=DEVICE).to(F8)
+        total = torch.full((40, 5), torch.nan, dtype=both.dtype, device=DEVICE) if len(parts) == 2 else None
+        scale = torch.full((40, 1), 0.1, device=DEVICE)
+        ride8(buffer, 100, scale, parts, amax, 0.1, total)
+        runs.append([buffer.contiguous().view(torch.uint8), scale, parts[0] if total is None else total])
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+    with pytest.raises(ValueError, match="one without, or two with"):
+        ride8(buffer, 100, scale, [one, two], amax, 0.1)
 
 
 @pytest.mark.parametrize("double", [False, True])
@@ -169,7 +187,12 @@ def eight(g: Group) -> fold8.Eight:
     lows = [low for low in g.lows if low]
     a = torch.stack([low[0].abs().max() * abs(low[2]) for low in lows]).max()
     b = torch.stack([low[1].abs().max() for low in lows]).max()
-    return fold8.Eight(max(fp8.weight_scale(w) for w in g.weights), a, b)
+    return eight_of(g, a, b)
+
+
+def eight_of(g: Group, a: Tensor, b: Tensor) -> fold8.Eight:
+    scale = max(fp8.weight_scale(w) for w in g.weights)
+    return fold8.Eight(scale, fold8.scales_of(g, scale, a.device), a, b, fold8.scales_of_a([g], a))
 
 
 TIMES = [1.0, 30.0, 300.0]  # of b: all fits; rows make room
@@ -239,7 +262,7 @@ def test_a_fresh_adapter_adds_nothing(wish: str) -> None:
     fresh = g._replace(lows=((a, torch.zeros_like(b), s),))
     tiny = torch.tensor(fp8.TINY, device=DEVICE)
     like = torch.randn(50, 128, device=DEVICE).to(dtype)
-    e = fold8.Eight(fp8.weight_scale(g.weights[0]), a.abs().max(), tiny)
+    e = eight_of(g, a.abs().max(), tiny)
     y, _ = fold8.forward(fresh, e, fold8.taken(fresh, like), None, like)
     z, _ = fold8.forward(bare, e, fold8.taken(bare, like), None, like)
     torch.testing.assert_close(y, z)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lora.kernels import adamw, attend, cross_entropy, fold, norm, rope, swiglu
+from lora.kernels import adamw, attend, cross_entropy, fold, gate8, norm, rope, swiglu
 from lora.kernels.code4 import byte_table
 from lora.kernels.gemv4 import permute_table
 from lora.kernels.linear4 import Weight4, linears4
@@ -45,6 +45,24 @@ def values(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
 
 def tail(t: Tensor) -> Tensor:
     return t[-TAIL:].clone()
+
+
+def test_gate_in_8_bits() -> None:
+    dh, g, u = (values(M, D) for _ in range(3))
+    b, v = values(D, 2), values(M, 2)
+    scale, low = gate8.gate_scales(dh, g, u, b, b, False)
+    scale2, low2 = gate8.gate_scales(tail(dh), tail(g), tail(u), b, b, False)
+    assert torch.equal(scale[-TAIL:], scale2)
+    torch.testing.assert_close(low[-TAIL:], low2, rtol=1e-4, atol=1e-3)  # over other shares of a row
+    outs = []
+    for rows in (slice(None), slice(-TAIL, None)):
+        x = [t[rows] for t in (dh, g, u, scale)]
+        out = torch.empty(x[0].shape[0], 2 * D, dtype=torch.float8_e4m3fn, device="cuda")
+        sums = gate8.new_sums(1, D, (v[rows], None, None), dh.device)
+        gate8.gate_round(x[0], x[1], x[2], x[3], out, (v[rows], None, None), sums[0], False)
+        assert sums.isfinite().all()
+        outs.append(out[-TAIL:].view(torch.uint8))
+    assert torch.equal(outs[0], outs[1])
 
 
 def test_rms_norm() -> None:

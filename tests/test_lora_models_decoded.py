@@ -58,17 +58,20 @@ def fused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("keep", KEEPS)
-@pytest.mark.parametrize(("quantize", "bias"), [("nf4", False), ("nf4", True), (None, True)])
-def test_a_step_is_the_same(fused: None, quantize: str | None, bias: bool, keep: str) -> None:
+@pytest.mark.parametrize(
+    ("quantize", "bias", "compute"),
+    [("nf4", False, "bf16"), ("nf4", True, "bf16"), (None, True, "bf16"), ("nf4", False, "fp8"), (None, True, "fp8")],
+)
+def test_a_step_is_the_same(fused: None, quantize: str | None, bias: bool, compute: str, keep: str) -> None:
     model = model_of(quantize, bias)
-    model.keeping.keep = keep
+    model.keeping.keep, model.keeping.compute = keep, compute
     want = gradients(model)
     model.keeping.decoded.blocks = 2
     for _ in range(2):  # the second finds them decoded
         close(gradients(model), want)
     held = model.keeping.decoded.held
     assert sorted(held) == [(block, which) for block in range(2) for which in range(4)]
-    assert all(h.buffers[0].shape[0] > 64 for h in held.values())
+    assert all(len(h.buffers) == (2 if compute == "fp8" else 1) for h in held.values())
     for p in model.parameters():  # an optimizer's step: factors are laid anew, weights are not decoded anew
         if p.requires_grad:
             p.data.mul_(-1.5)
@@ -159,6 +162,8 @@ def test_a_copy_of_a_model_holds_none(fused: None) -> None:
 def test_blocks_fill_a_budget_and_leave_half_of_the_card() -> None:
     keep, M, each = ["all"] * 32, 8192, decoded_bytes(WIDTHS, 2)
     assert each == 2 * sum((n + 64) * (k + 64) for n, k in WIDTHS.shapes)
+    rooms = zip(WIDTHS.shapes, (144, 48, 96, 48), strict=True)
+    assert decoded_bytes(WIDTHS, 2, eights=True) == sum(n * (k + r) + k * (n + r) for (n, k), r in rooms)
     total = account(WIDTHS, keep, M, 2).total
     for blocks in range(33):
         free = total + blocks * each

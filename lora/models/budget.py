@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from lora.kernels.cross_entropy import chunk_rows
 from lora.kernels.fold import ROOM
+from lora.kernels.fold8 import room8
 from lora.kernels.scratch import mine
 from lora.layer import LoRALinear
 from lora.models.decoded import Decoded
@@ -241,12 +242,17 @@ def in_8_bits(keep: Sequence[str]) -> list[str]:
     return ["input_host" if word == "host" and i % 2 else word for i, word in enumerate(keep)]
 
 
-def decoded_bytes(w: Widths, itemsize: int) -> int:
-    """Of one block's weights that stay decoded."""
+def decoded_bytes(w: Widths, itemsize: int, eights: bool = False) -> int:
+    """Of one block's weights that stay decoded; in 8 bits they do so twice."""
+    if eights:
+        rooms = [room8(r) for r in w.ranks]
+        return sum(N * (K + room) + K * (N + room) for (N, K), room in zip(w.shapes, rooms, strict=True))
     return itemsize * sum((N + room) * (K + room) for (N, K), room in zip(w.shapes, w.rooms, strict=True))
 
 
-def blocks_decoded(w: Widths, keep: Sequence[str], M: int, itemsize: int, free: int, room: int) -> int:
+def blocks_decoded(
+    w: Widths, keep: Sequence[str], M: int, itemsize: int, free: int, room: int, eights: bool = False
+) -> int:
     """How many blocks' weights may stay decoded beside a step over M tokens.
 
     `free` bytes are there for tensors within the budget, and `room` on the card.  Of what the card has left beside a
@@ -254,7 +260,7 @@ def blocks_decoded(w: Widths, keep: Sequence[str], M: int, itemsize: int, free: 
     """
     total = account(w, keep, M, itemsize).total
     on_card = (room - SPARE * (1 if set(keep) == {"all"} else 2) * total) / 2
-    return max(0, min(w.blocks, int(min(free - total, on_card) // decoded_bytes(w, itemsize))))
+    return max(0, min(w.blocks, int(min(free - total, on_card) // decoded_bytes(w, itemsize, eights))))
 
 
 def graph_fits(w: Widths, keep: Sequence[str], M: int, itemsize: int, free: int, room: int) -> bool:
@@ -296,7 +302,7 @@ class Keeping:
         self.budget: int | None = None
         self.recordable = False
         self.compute, self.said = "bf16", ""
-        self.scales8: dict[Any, float] = {}
+        self.scales8: dict[Any, tuple[float, Tensor]] = {}
         self.host, self.decoded = Host(), Decoded()
         self.chosen: tuple[int, list[str]] = (0, [])  # tokens of the largest step so far, and what goes with it
 
@@ -316,7 +322,8 @@ class Keeping:
             w = self.widths
             keep = self.within(w, tokens, x)
             self.chosen = tokens, keep
-            self.decoded.blocks = blocks_decoded(w, keep, tokens, x.element_size(), *self._free(x))
+            eights = self.compute == "fp8"
+            self.decoded.blocks = blocks_decoded(w, keep, tokens, x.element_size(), *self._free(x), eights)
         return self.chosen[1]
 
     def forget(self) -> None:

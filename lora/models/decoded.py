@@ -2,8 +2,8 @@
 
 A block's weights are decoded from 4 bits for each of its products, forward and back and where one is made again: 12
 ms of a step of an 8B model on an H100, a quarter of one over 512 tokens.  Kept they take 0.42 GiB a block.  They lie as
-the products want them, with room for the factors at the ends of rows and below (kernels/fold.py).  How many blocks that
-are is decided in budget.py.
+the products want them, with room for the factors at the ends of rows and below (kernels/fold.py), in 8 bits
+twice, forward and turned.  How many blocks that are is decided in budget.py.
 """
 
 from collections.abc import Callable, Iterator
@@ -14,8 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora.kernels import fold
+from lora.kernels import fold, fold8
 from lora.kernels.fold import Group
+from lora.kernels.fold8 import Eight
+from lora.kernels.fp8 import F8
 from lora.kernels.linear4 import Weight4
 
 
@@ -58,6 +60,21 @@ class Decoded:
 
         found = self._find((block, which), group, (dtype, room), make, fill)
         return group if found is None else group._replace(decoded=found[0])
+
+    def of_8(self, block: int, which: int, group: Group, eight: Eight) -> Eight:
+        """What the group's products in 8 bits need, with its weights in 8 bits if they stay so."""
+        room, N, K = fold8.room(group), sum(group.sizes), group.K
+        like = _memory(group)[0]
+
+        def make() -> tuple[Tensor, ...]:
+            return tuple(torch.empty(n, k + room, dtype=F8, device=like.device) for n, k in ((N, K), (K, N)))
+
+        def fill(buffers: tuple[Tensor, ...]) -> None:
+            for buffer, turn in zip(buffers, (False, True), strict=True):
+                fold8.decode(group, eight.scale, buffer, turn)
+
+        found = self._find((block, which), group, (F8, room, eight.scale), make, fill)
+        return eight if found is None else eight._replace(decoded=(found[0], found[1]))
 
     def _find(
         self,

@@ -238,12 +238,18 @@ def _through_norm(spec: Spec, which: int, dy: Tensor, made: Tensor | None, r: Te
     return buffer
 
 
+def _sums_fit(spec: Spec) -> bool:
+    """Whether the pass through the gate makes da of the layers behind it and db of those before it."""
+    before, behind = spec.groups[GATE], spec.groups[DOWN]
+    return max(before.ranks + behind.ranks) <= MAX_RANK and not any(behind.drop)
+
+
 def _gate_back(spec: Spec, dh: Tensor, gu: Tensor, u4: Tensor | None, ts: Any) -> tuple[Any, Any]:
     """dg and du over g and u; da of the layers behind the gate and db of those before it, None where products must
     make it."""
     before, behind = spec.groups[GATE], spec.groups[DOWN]
     g, u = _halves(spec, gu)
-    if max(before.ranks + behind.ranks) > MAX_RANK or any(behind.drop):
+    if not _sums_fit(spec):
         gate_backward(dh, g, u, gelu=spec.gelu, keep_h=True)
         return fold.grad_a(behind, u4, dh), None
     t = fold.columns(before, ts[GATE])
@@ -284,9 +290,15 @@ def _backward(
     else:
         dyw, st.d = _through_norm(spec, DOWN, dy, st.d, st.r_d), None
     dh, u4, db4 = _back(spec, DOWN, dyw, ts[DOWN], None if spec.eights else wide(M, d_g.K, 0, x, "input"))
-    da4, dbs = _gate_back(spec, dh, st.gu, u4, ts)
-    del dh
-    dn, u3, db3 = _back(spec, GATE, st.gu, ts[GATE], dbs=dbs)
+    if spec.eights and _sums_fit(spec):
+        dn, u3, da4, db3 = fold8.gate_backward(
+            gu_g, spec.eights[GATE], dh, *_halves(spec, st.gu), u4, ts[GATE], spec.gelu
+        )
+        del dh
+    else:
+        da4, dbs = _gate_back(spec, dh, st.gu, u4, ts)
+        del dh
+        dn, u3, db3 = _back(spec, GATE, st.gu, ts[GATE], dbs=dbs)
     st.gu = None  # half a GiB on an 8B model, and the attention's backward is still to come
     dsw = wide(M, D, _room(spec, O), x, "ds")
     ds = dsw[:, :D]

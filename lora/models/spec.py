@@ -185,6 +185,9 @@ def read(
         attend = functools.partial(attention, mask=masks[c.window(i)], scale=scale)
         if eight is None:
             groups = tuple(keeping.decoded.of(i, j, group, x.dtype) for j, group in enumerate(groups))
+        else:
+            pairs = enumerate(zip(groups, eight, strict=True))
+            eight = tuple(keeping.decoded.of_8(i, j, group, e) for j, (group, e) in pairs)
         specs.append(Spec(norms, groups, eight, heads, attend, gelu, word, keeping.host))
     return specs
 
@@ -208,16 +211,18 @@ def _eights(blocks: list[tuple[Group, ...]], x: Tensor, keeping: Keeping) -> lis
         torch._foreach_mul_(norms, [abs(low[2]) for low in lows])
         a = torch.stack(norms).amax().float().clamp(min=TINY)
         b = torch.stack(torch._foreach_norm([low[1].detach() for low in lows], float("inf"))).amax().clamp(min=TINY)
+    scales_a = fold8.scales_of_a([group for groups in blocks for group in groups], a)
     made = []
     for groups in blocks:
-        made.append(tuple(Eight(_scale(group, keeping), a, b) for group in groups))
+        made.append(tuple(Eight(*_scale(group, x.device, keeping), a, b, scales_a) for group in groups))
     return made
 
 
-def _scale(group: Group, keeping: Keeping) -> float:
-    """The scale of a group's weights, looked up once: it makes the host wait."""
+def _scale(group: Group, device: torch.device, keeping: Keeping) -> tuple[float, Tensor]:
+    """The scale of a group's weights, and as often as its products want it; once, since it makes the host wait."""
     memory = [w.q if isinstance(w, Weight4) else w for w in group.weights]
     key = tuple((t.data_ptr(), t._version) for t in memory)
     if key not in keeping.scales8:
-        keeping.scales8[key] = max(weight_scale(w) for w in group.weights)
+        scale = max(weight_scale(w) for w in group.weights)
+        keeping.scales8[key] = scale, fold8.scales_of(group, scale, device)
     return keeping.scales8[key]
