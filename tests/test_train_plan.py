@@ -13,8 +13,18 @@ from tiny import give_tokenizer
 import lora
 from lora.__main__ import main
 from lora.kernels.scratch import mine
-from lora.models.budget import CUBLAS, Keeping, Widths, account, graph_fits, host_bytes, in_8_bits, keep_on_gpu
-from lora.models.host import host_room
+from lora.models.budget import (
+    CUBLAS,
+    Keeping,
+    Widths,
+    _leaving,
+    account,
+    graph_fits,
+    host_bytes,
+    in_8_bits,
+    keep_on_gpu,
+)
+from lora.models.host import host_room, stays
 from lora.models.llama import LlamaConfig
 from lora.models.outline import outline
 from lora.models.save import save_pretrained
@@ -171,6 +181,18 @@ def test_blocks_are_kept_whole_as_far_as_memory_goes() -> None:
         assert whole == 1 or keep_on_gpu(WIDTHS, M, 2, needs[whole] - 1).count("all") == whole - 1
     assert keep_on_gpu(WIDTHS, M, 2, 100 * GIB) == ["all"] * 32
     assert keep_on_gpu(WIDTHS, M, 2, 0) == ["input_host"] * 31 + ["input"]
+
+
+def test_a_block_that_sends_its_input_alone_gives_the_copy_before_it_more_time() -> None:
+    assert not stays([], True) and not stays([True], True) and stays([True], False)
+    assert not stays([False], False) and not stays([True, False], False) and not stays([True, False], True)
+    words, under_way = list[str](), []
+    for word in ("host", "input_host", "host", "input_host", "input_host", "input_host", "host", "host", "all"):
+        words = _leaving(words, word)
+        under_way.append("+".join(words))
+    assert under_way == [
+        "host", "host+input_host", "host", "host+input_host", "input_host", "input_host", "host", "host", "",
+    ]  # fmt: skip
 
 
 def test_states_that_the_host_cannot_hold_are_made_again() -> None:

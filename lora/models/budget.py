@@ -24,7 +24,7 @@ from lora.kernels.fold8 import room8
 from lora.kernels.scratch import mine
 from lora.layer import LoRALinear
 from lora.models.decoded import Decoded
-from lora.models.host import Host, host_room
+from lora.models.host import Host, host_room, stays
 
 MARGIN = 0.03  # of the card, for what nobody counts: fragments, libraries' workspaces
 SPARE = 1.1  # a graph is recorded where so many times its memory is free on the card
@@ -137,10 +137,18 @@ def attention_bytes(w: Widths, M: int, itemsize: int) -> int:
     return M * (4 * w.attended + 2 * itemsize * w.attended * grouped + 4 * w.heads)
 
 
-def _forward_bytes(w: Widths, keep: str, before: str, M: int, itemsize: int) -> int:
-    """Beside what blocks before this one keep; what the one `before` sent away is still being copied."""
+def _forward_bytes(w: Widths, keep: str, M: int, itemsize: int) -> int:
+    """Beside what blocks before this one keep, and what is still being copied to the host."""
     states = max(kept_bytes(w, keep, M, itemsize), kept_bytes(w, "all", M, itemsize))
-    return states + M * itemsize * w.states + host_bytes(w, before, M, itemsize)
+    return states + M * itemsize * w.states
+
+
+def _leaving(words: list[str], word: str) -> list[str]:
+    """What blocks before the next one sent and is still being copied, after one that keeps `word` (host.py)."""
+    if not word.endswith("host"):
+        return []
+    waits = not stays([other == "host" for other in words], word == "host")
+    return [word] if waits else [*words, word]
 
 
 def logit_rows(w: Widths, itemsize: int, learned: int) -> int:
@@ -199,14 +207,16 @@ def account(
     `keep` is a word of fused.KEEPS for each block; `attention` what a library's backward takes, by default cuDNN's.
     """
     attention = attention_bytes(w, M, itemsize) if attention is None else attention
-    below, last = 0, len(keep) - 1
+    below, last, leaving = 0, len(keep) - 1, list[str]()
     moments: list[tuple[int, int, str]] = []  # kept, working, which
     for i, word in enumerate(keep):
-        moments.append((below, _forward_bytes(w, word, keep[i - 1] if i else "", M, itemsize), "forward"))
+        under_way = sum(host_bytes(w, other, M, itemsize) for other in leaving)
+        moments.append((below, under_way + _forward_bytes(w, word, M, itemsize), "forward"))
+        leaving = _leaving(leaving, word)
         below += kept_bytes(w, word, M, itemsize)
         moments.append((below, _backward_bytes(w, word, M, itemsize, i == last, i == 0, attention), "backward"))
-    leaving = host_bytes(w, keep[-1], M, itemsize)
-    moments.append((below, leaving + head_bytes(w, M, itemsize, M if learned is None else learned), "head"))
+    under_way = sum(host_bytes(w, other, M, itemsize) for other in leaving)
+    moments.append((below, under_way + head_bytes(w, M, itemsize, M if learned is None else learned), "head"))
     kept, working, moment = max(moments, key=lambda m: m[0] + m[1])
     chunk = itemsize * w.vocab * logit_rows(w, itemsize, M if learned is None else learned)
     return Account(kept, reused_bytes(w, M, itemsize), moment, working, chunk)

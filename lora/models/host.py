@@ -1,8 +1,10 @@
 """States of blocks in pinned memory of the host: sent while the next block computes, fetched one block ahead.
 
 Blocks are numbered in the order of the forward; `send` is called once a block going forward, `fetch` once going back.
-Buffers on the host are used again every step.  What is sent is let go by the next block's call, behind a wait for the
-copy: were it left to the allocator (record_stream), a CUDA graph being recorded would never get it back.
+Buffers on the host are used again every step.  What is sent is let go by a later block's call, behind a wait for the
+copy: were it left to the allocator (record_stream), a CUDA graph being recorded would never get it back.  That call is
+the next one's, unless the next block sends its input alone: all states of a block take longer over PCIe than products in
+8 bits, and have the time of two blocks then.
 """
 
 import weakref
@@ -22,7 +24,7 @@ class Host:
         self.away: dict[int, list[Tensor]] = {}  # block -> its own tensors
         self.inputs: dict[int, Tensor] = {}  # block -> x, where it is here
         self.coming: set[int] = set()
-        self.leaving: tuple[Tensor, Sequence[Tensor]] | None = None  # x and `own` that a copy still reads
+        self.leaving: list[tuple[Tensor, Sequence[Tensor]]] = []  # x and `own` of each block that copies still read
         self.stream: Any = None
 
     def send(self, block: int, x: Tensor, own: Sequence[Tensor] = ()) -> None:
@@ -34,23 +36,25 @@ class Host:
         if not x.is_cuda:
             self.inputs[block] = x.clone()
             return
-        self.settle()
+        if not stays([bool(old) for _, old in self.leaving], bool(own)):
+            self.settle()
         if self.stream is None:
             self.stream = torch.cuda.Stream()
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
             for i, t in enumerate((x, *own)):
                 self._pinned(block, i, t).copy_(t, non_blocking=True)
-        self.leaving = x, own
+        self.leaving.append((x, own))
 
     def settle(self) -> None:
-        """Lets go of what the last `send` put away: what comes next waits for the copy, begun a block ago."""
-        if self.leaving is None:
+        """Lets go of what was put away: what comes next waits for the copies, begun a block or two ago."""
+        if not self.leaving:
             return
-        (_, own), self.leaving = self.leaving, None
+        gone, self.leaving = self.leaving, []
         torch.cuda.current_stream().wait_stream(self.stream)
-        for t in own:
-            t.untyped_storage().resize_(0)
+        for _, own in gone:
+            for t in own:
+                t.untyped_storage().resize_(0)
 
     def fetch(self, block: int, like: Tensor, shape: torch.Size) -> Tensor:
         """The x of `send`; its `own` are whole again.  Orders the block before, too."""
@@ -96,6 +100,14 @@ class Host:
             self.room.pop((block, place), None)  # given back before the next is taken
             room = self.room[block, place] = pinned(size)
         return room[:size].view(t.dtype).view(t.shape)
+
+
+def stays(leaving: Sequence[bool], own: bool) -> bool:
+    """Whether copies under way may stay so while a block sends its input alone, or with states of its `own`.
+
+    `leaving` tells the same of each block that has sent them.
+    """
+    return list(leaving) == [True] and not own
 
 
 def host_room() -> int | None:
