@@ -38,7 +38,6 @@ TINY = 1e-20  # a row of zeros has scale TINY / TOP, not 0: something is divided
 
 # Rows, columns and warps of a program that decodes
 TILE, TILE_TURNED = (64, 256, 8), (128, 128, 4)
-SPLIT = (2048, 4)  # values and warps of a program that splits factors
 
 SETS = {"hhl": (0, 0, 1), "hlh": (0, 1, 0), "hl": (0, 1)}  # 0 hi, 1 lo
 LESS = 8  # a row becomes 2**-LESS of itself at most: its largest value keeps its bits
@@ -409,7 +408,7 @@ def _split(
     n, columns = out.shape
     K = 0 if x is None else x.shape[1]
     BLOCK = triton.next_power_of_2(columns)
-    LINES, num_warps = max(1, SPLIT[0] // BLOCK), SPLIT[1]
+    LINES = max(1, 2048 // BLOCK)
     three = (parts * 3)[:3]
     where = [v for p in three for v in (p.row, p.src.shape[0], p.at, p.src.shape[1], *p.src.stride(), p.times)]
     others = (out if x is None else x, amax if rows is None else rows, out if total is None else total)
@@ -418,7 +417,7 @@ def _split(
             out, *(p.src for p in three), amax, *others, n, K, columns,
             columns // len(sets), *out.stride(), *where, k, PARTS=len(parts), TOTAL=total is not None,
             RIDE=x is not None, LESS=LESS, LO=sum(lo << i for i, lo in enumerate(SETS[sets])), COUNT=len(sets),
-            LINES=LINES, BLOCK=BLOCK, num_warps=num_warps,
+            LINES=LINES, BLOCK=BLOCK, num_warps=4,
         )  # fmt: skip
 
 

@@ -22,7 +22,7 @@ from lora.kernels.fp8 import TINY, TOP, to_f8
 from lora.kernels.gate import _backward_ref, _factor, _unit
 from lora.kernels.op import op
 
-BY_ROWS, BY_COLS = (64, 64, 4, 4), (32, 64, 2, 3)  # rows, columns, warps and stages of the passes
+BY_ROWS, BY_COLS = (64, 64, 4, 3), (32, 64, 2, 3)  # rows, columns, warps and stages of the passes
 PROGRAMS = 256  # by rows, at least: where the rows alone are fewer, several share a row
 PARTS = 8  # programs that share a column
 
