@@ -1,0 +1,220 @@
+"""Frozen linear layers in 16 bits on a GPU, their updates beside them where that costs least.
+
+    forward    Y_i = X W_iᵀ + bias_i + T_i b_iᵀ       T_i = d_i(X) (s_i a_i)ᵀ
+    backward   dX = Σ dY_i W_i + d_i(U_i s_i a_i)     U_i = dY_i b_i
+               da_i = s_i U_iᵀ d_i(X)                 db_i = dY_iᵀ T_i
+
+Where Y (or dX) is larger than the cache takes, the update's product is made first and the base's added to it: that
+reads it while it multiplies, where the update behind the base would read and write it on its own time.
+
+d_i is the dropout of an update, a function of a seed (dropout.py): made again in the backward, kept nowhere.  Kept are
+X, where an a learns (layers around it keep it too), T (M, Σ r), the factors in 16 bits, and the seed.
+
+W_i (N_i, K) in 4 bits are decoded one under the other into a reused buffer, and Y_i are columns of one product; dense
+ones are read where they lie, by a product each.
+Source: LoRA, arXiv:2106.09685, section 4.1; QLoRA, arXiv:2305.14314, section 3.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora.kernels.code4 import Low, Weight4
+from lora.kernels.dispatch import on_gpu
+from lora.kernels.dropout import Drop, dropped, dropped_copy
+from lora.kernels.fold import product32
+from lora.kernels.op import PLAIN
+from lora.kernels.scratch import borrowed, mine, scratch
+from lora.kernels.unpack import joined, unpack
+
+HALVES = (torch.bfloat16, torch.float16)
+# Bytes of a product from which the update comes first.  Its share of the base's time on an H200, behind and first, in
+# percent (LOG.md, 2026-11-27): CROSSING
+LARGE = 24 * 2**20
+
+
+def can_linear16(x: Tensor, *weights: Tensor) -> bool:
+    """Whether `linears16` takes x (..., K) to weights, given the memory of each: 16 bits on a GPU, and no compiler to
+    see through it.
+    """
+    if torch.compiler.is_compiling() or not on_gpu(x) or x.dtype not in HALVES:
+        return False
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) != x.dtype:
+        return False
+    # a dry run's tensors are none of the plain ones
+    return all(w.device == x.device for w in weights) and (
+        not x.is_cuda or all(type(t) in PLAIN for t in (x, *weights))
+    )
+
+
+def _stacked(a_s: Sequence[Tensor | None], scales: Sequence[float], like: Tensor) -> Tensor:
+    """s_i a_i one under the other (Σ r, K) in the dtype of `like`."""
+    have = [(a, s) for a, s in zip(a_s, scales, strict=True) if a is not None]
+    out = like.new_empty(sum(a.shape[0] for a, _ in have), like.shape[1])
+    at = 0
+    for a, s in have:
+        torch.mul(a, s, out=out[at : at + a.shape[0]])
+        at += a.shape[0]
+    return out
+
+
+def _parts(t: Tensor, ranks: Sequence[int], dim: int = 1) -> list[Any]:
+    """The r_i columns (or rows) of each layer, None for one without an update."""
+    if len(ranks) == 1:
+        return [t]
+    return [part if r else None for part, r in zip(t.split(ranks, dim=dim), ranks, strict=True)]
+
+
+def _down(x: Tensor, a: Tensor, ranks: Sequence[int], drops: Sequence[Drop | None]) -> Tensor:
+    """T (M, Σ r) of x (M, K) and all s_i a_i."""
+    if not any(drops):
+        return x @ a.T
+    t = x.new_empty(x.shape[0], a.shape[0])
+    for part, rows, drop in zip(_parts(t, ranks), _parts(a, ranks, 0), drops, strict=True):
+        if part is not None:
+            torch.mm(x if drop is None else dropped_copy(x, drop), rows.T, out=part)
+    return t
+
+
+def _forward(x: Tensor, weights: Sequence[Any], ys: Sequence[Tensor], layers: Sequence[tuple[Any, ...]]) -> None:
+    """Y_i into ys (M, N_i) of x (M, K); `layers` are the bias, T_i and b_i of each (None where there is none)."""
+    if isinstance(weights[0], Weight4):
+        runs = [(unpack(weights, x), ys[0] if len(ys) == 1 else joined(ys), ys, layers)]
+    else:
+        runs = [(w, y, [y], [layer]) for w, y, layer in zip(weights, ys, layers, strict=True)]
+    for w, whole, parts, members in runs:
+        if whole.nbytes >= LARGE:
+            for y, (bias, t, b) in zip(parts, members, strict=True):
+                if t is None:
+                    y.zero_() if bias is None else y.copy_(bias)
+                elif bias is None:
+                    torch.mm(t, b.T, out=y)  # (M, r) (r, N)
+                else:
+                    torch.addmm(bias, t, b.T, out=y)
+            whole.addmm_(x, w.T)  # (M, K) (K, N)
+            continue
+        one = members[0][0] if len(members) == 1 else None
+        torch.mm(x, w.T, out=whole) if one is None else torch.addmm(one, x, w.T, out=whole)
+        for y, (bias, t, b) in zip(parts, members, strict=True):
+            if bias is not one:
+                y += bias
+            if t is not None:
+                y.addmm_(t, b.T)
+
+
+def _backward(
+    dys: Sequence[Tensor], weights: Sequence[Any], u: Tensor, a: Tensor, ranks: Sequence[int], drops: Sequence[Any]
+) -> Tensor:
+    """dX (M, K) of dY_i (M, N_i), all U_i (M, Σ r) and s_i a_i (Σ r, K)."""
+    if isinstance(weights[0], Weight4):
+        weights, dys = [unpack(weights, u)], [dys[0] if len(dys) == 1 else joined(dys)]
+    dx, drop = u.new_empty(u.shape[0], a.shape[1]), any(drops)
+    first = drop or dx.nbytes >= LARGE
+    if drop:
+        _dropped_updates(dx, u, a, ranks, drops)
+    elif first:
+        torch.mm(u, a, out=dx)  # (M, Σ r) (Σ r, K)
+    for i, (dy, w) in enumerate(zip(dys, weights, strict=True)):
+        if first or i:
+            dx.addmm_(dy, w)  # (M, N) (N, K)
+        else:
+            torch.mm(dy, w, out=dx)
+    return dx if first else dx.addmm_(u, a)
+
+
+def _dropped_updates(dx: Tensor, u: Tensor, a: Tensor, ranks: Sequence[int], drops: Sequence[Any]) -> None:
+    """Σ d_i(U_i s_i a_i) into dX (M, K)."""
+    more: Tensor | None = None
+    for part, rows, drop in zip(_parts(u, ranks), _parts(a, ranks, 0), drops, strict=True):
+        if part is None:
+            continue
+        made = torch.mm(part, rows, out=dx if more is None else more)
+        if drop is not None:
+            dropped(made, drop, dx, add=more is not None)
+        elif more is not None:
+            dx += made
+        more = scratch(dx.numel(), dx.dtype, dx.device, "dropped").view(dx.shape)
+
+
+def _grad_a(
+    x: Tensor, u: Tensor, ranks: Sequence[int], scales: Sequence[float], drops: Sequence[Any]
+) -> list[Tensor | None]:
+    """da_i of x (M, K) and all U_i (M, Σ r)."""
+    if any(drops):
+        pairs = zip(_parts(u, ranks), drops, strict=True)
+        das = [None if u is None else product32(u.T, x if d is None else dropped_copy(x, d)) for u, d in pairs]
+    else:
+        das = _parts(product32(u.T, x), ranks, 0)  # (Σ r, M) (M, K)
+    return [None if da is None else da.mul_(s) for da, s in zip(das, scales, strict=True)]
+
+
+class _Linear16(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weights, scales, drops, *tensors):
+        """`tensors`: bias, a and b of each layer in turn (None where there is none); `scales`: s of each."""
+        K = weights[0].shape[1]
+        flat = x.reshape(-1, K)  # (..., K) -> (M, K)
+        biases, a_s = tensors[::3], tensors[1::3]
+        b_s = [None if b is None else b.to(x.dtype) for b in tensors[2::3]]
+        ranks, sizes = [0 if a is None else a.shape[0] for a in a_s], [w.shape[0] for w in weights]
+        a = _stacked(a_s, scales, flat)
+        t = _down(flat, a, ranks, drops)
+        if len(sizes) > 1 and isinstance(weights[0], Weight4):
+            ys = flat.new_empty(flat.shape[0], sum(sizes)).split(sizes, dim=1)
+        else:
+            ys = tuple(flat.new_empty(flat.shape[0], n) for n in sizes)
+        _forward(flat, weights, ys, list(zip(biases, _parts(t, ranks), b_s, strict=True)))
+        needs_x = any(ctx.needs_input_grad[5::3])  # only the gradient of an a reads it
+        # the seeds too: a block that runs again in the backward gets all that its second run made, or nothing of it
+        seeds = [drop.seed for drop in drops if drop]
+        ctx.save_for_backward(x if needs_x else None, t, a, *b_s, *seeds)
+        ctx.weights, ctx.scales, ctx.drops, ctx.ranks, ctx.buffers = weights, scales, drops, ranks, mine()
+        if ys[0]._is_view():
+            return tuple(y.view(*x.shape[:-1], y.shape[1]) for y in ys)
+        # no view: what is one cannot have a further update added to it in place
+        return tuple(torch.ops.aten._unsafe_view(y, [*x.shape[:-1], y.shape[1]]) for y in ys)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        weights, ranks, n = ctx.weights, ctx.ranks, len(ctx.weights)
+        x, t, a, *saved = ctx.saved_tensors
+        b_s, seeds = saved[:n], iter(saved[n:])
+        drops = [drop and drop._replace(seed=next(seeds)) for drop in ctx.drops]
+        dys = [dy.reshape(-1, w.shape[0]) for dy, w in zip(grads, weights, strict=True)]  # (M, N)
+        u = torch.empty_like(t)
+        us, ts = _parts(u, ranks), _parts(t, ranks)
+        made: list[Tensor | None] = []
+        with borrowed(ctx.buffers):
+            for dy, b, part in zip(dys, b_s, us, strict=True):
+                if b is not None:
+                    torch.mm(dy, b, out=part)  # (M, N) (N, r)
+            das = [None] * n if x is None else _grad_a(x.reshape(-1, x.shape[-1]), u, ranks, ctx.scales, drops)
+            for i, (dy, da, part) in enumerate(zip(dys, das, ts, strict=True)):
+                dbias = dy.sum(dim=0) if ctx.needs_input_grad[4 + 3 * i] else None
+                made += [dbias, da, None if part is None else product32(dy.T, part)]  # (N, M) (M, r)
+            dx = None
+            if ctx.needs_input_grad[0]:
+                dx = _backward(dys, weights, u, a, ranks, drops).view(*grads[0].shape[:-1], a.shape[1])
+        return (dx, None, None, None, *made)
+
+
+def linears16(
+    x: Tensor,
+    weights: Sequence[Weight4 | Tensor],
+    biases: Sequence[Tensor | None],
+    lows: Sequence[Low | None],
+    drops: Sequence[Drop | None] = (),
+) -> tuple[Tensor, ...]:
+    """x (..., K) through frozen weights (N_i, K), all in 4 bits or all dense, with their updates (a, b, s).
+
+    One has an update at least, each may have a dropout; gradients reach x, the biases and the factors.  Only where
+    `can_linear16` says so.  Results of 4-bit weights are columns of one buffer, so their rows do not lie end to end.
+    """
+    tensors: list[Tensor | None] = []
+    for bias, low in zip(biases, lows, strict=True):
+        tensors += [bias, *(low[:2] if low else (None, None))]
+    scales = [low[2] if low else 1.0 for low in lows]
+    return _Linear16.apply(x, weights, scales, drops or [None] * len(scales), *tensors)
