@@ -1,8 +1,8 @@
 """Frozen linear layers in 16 bits on a GPU, their updates beside them where that costs least.
 
-    forward    Y_i = X W_iᵀ + bias_i + T_i b_iᵀ       T_i = d_i(X) (s_i a_i)ᵀ
-    backward   dX = Σ dY_i W_i + d_i(U_i s_i a_i)     U_i = dY_i b_i
-               da_i = s_i U_iᵀ d_i(X)                 db_i = dY_iᵀ T_i
+    forward    Y_i = X W_iᵀ + bias_i + T_i b_iᵀ       T_i = s_i d_i(X) a_iᵀ
+    backward   dX = Σ dY_i W_i + d_i(U_i a_i)         U_i = s_i dY_i b_i
+               da_i = U_iᵀ d_i(X)                     db_i = dY_iᵀ T_i
 
 Where Y (or dX) is larger than the cache takes, the update's product is made first and the base's added to it: that
 reads it while it multiplies, where the update behind the base would read and write it on its own time.
@@ -50,17 +50,6 @@ def can_linear16(x: Tensor, *weights: Tensor) -> bool:
     )
 
 
-def _stacked(a_s: Sequence[Tensor | None], scales: Sequence[float], like: Tensor) -> Tensor:
-    """s_i a_i one under the other (Σ r, K) in the dtype of `like`."""
-    have = [(a, s) for a, s in zip(a_s, scales, strict=True) if a is not None]
-    out = like.new_empty(sum(a.shape[0] for a, _ in have), like.shape[1])
-    at = 0
-    for a, s in have:
-        torch.mul(a, s, out=out[at : at + a.shape[0]])
-        at += a.shape[0]
-    return out
-
-
 def _parts(t: Tensor, ranks: Sequence[int], dim: int = 1) -> list[Any]:
     """The r_i columns (or rows) of each layer, None for one without an update."""
     if len(ranks) == 1:
@@ -68,14 +57,20 @@ def _parts(t: Tensor, ranks: Sequence[int], dim: int = 1) -> list[Any]:
     return [part if r else None for part, r in zip(t.split(ranks, dim=dim), ranks, strict=True)]
 
 
-def _down(x: Tensor, a: Tensor, ranks: Sequence[int], drops: Sequence[Drop | None]) -> Tensor:
-    """T (M, Σ r) of x (M, K) and all s_i a_i."""
-    if not any(drops):
-        return x @ a.T
+def _product(x: Tensor, a: Tensor, s: float, out: Tensor) -> None:
+    """out = s x a; the scale rides in the product, and what stood in `out` is not read."""
+    torch.addmm(out, x, a, beta=0, alpha=s, out=out)
+
+
+def _down(x: Tensor, a: Tensor, ranks: Sequence[int], scales: Sequence[float], drops: Sequence[Drop | None]) -> Tensor:
+    """T (M, Σ r) of x (M, K) and all a_i (Σ r, K)."""
     t = x.new_empty(x.shape[0], a.shape[0])
-    for part, rows, drop in zip(_parts(t, ranks), _parts(a, ranks, 0), drops, strict=True):
+    if not any(drops) and len({s for s, r in zip(scales, ranks, strict=True) if r}) == 1:
+        _product(x, a.T, next(s for s, r in zip(scales, ranks, strict=True) if r), t)
+        return t
+    for part, rows, s, drop in zip(_parts(t, ranks), _parts(a, ranks, 0), scales, drops, strict=True):
         if part is not None:
-            torch.mm(x if drop is None else dropped_copy(x, drop), rows.T, out=part)
+            _product(x if drop is None else dropped_copy(x, drop), rows.T, s, part)
     return t
 
 
@@ -108,7 +103,7 @@ def _forward(x: Tensor, weights: Sequence[Any], ys: Sequence[Tensor], layers: Se
 def _backward(
     dys: Sequence[Tensor], weights: Sequence[Any], u: Tensor, a: Tensor, ranks: Sequence[int], drops: Sequence[Any]
 ) -> Tensor:
-    """dX (M, K) of dY_i (M, N_i), all U_i (M, Σ r) and s_i a_i (Σ r, K)."""
+    """dX (M, K) of dY_i (M, N_i), all U_i (M, Σ r) and a_i (Σ r, K)."""
     if isinstance(weights[0], Weight4):
         weights, dys = [unpack(weights, u)], [dys[0] if len(dys) == 1 else joined(dys)]
     dx, drop = u.new_empty(u.shape[0], a.shape[1]), any(drops)
@@ -126,7 +121,7 @@ def _backward(
 
 
 def _dropped_updates(dx: Tensor, u: Tensor, a: Tensor, ranks: Sequence[int], drops: Sequence[Any]) -> None:
-    """Σ d_i(U_i s_i a_i) into dX (M, K)."""
+    """Σ d_i(U_i a_i) into dX (M, K)."""
     more: Tensor | None = None
     for part, rows, drop in zip(_parts(u, ranks), _parts(a, ranks, 0), drops, strict=True):
         if part is None:
@@ -139,16 +134,12 @@ def _dropped_updates(dx: Tensor, u: Tensor, a: Tensor, ranks: Sequence[int], dro
         more = scratch(dx.numel(), dx.dtype, dx.device, "dropped").view(dx.shape)
 
 
-def _grad_a(
-    x: Tensor, u: Tensor, ranks: Sequence[int], scales: Sequence[float], drops: Sequence[Any]
-) -> list[Tensor | None]:
+def _grad_a(x: Tensor, u: Tensor, ranks: Sequence[int], drops: Sequence[Any]) -> list[Tensor | None]:
     """da_i of x (M, K) and all U_i (M, Σ r)."""
-    if any(drops):
-        pairs = zip(_parts(u, ranks), drops, strict=True)
-        das = [None if u is None else product32(u.T, x if d is None else dropped_copy(x, d)) for u, d in pairs]
-    else:
-        das = _parts(product32(u.T, x), ranks, 0)  # (Σ r, M) (M, K)
-    return [None if da is None else da.mul_(s) for da, s in zip(das, scales, strict=True)]
+    if not any(drops):
+        return _parts(product32(u.T, x), ranks, 0)  # (Σ r, M) (M, K)
+    pairs = zip(_parts(u, ranks), drops, strict=True)
+    return [None if p is None else product32(p.T, x if d is None else dropped_copy(x, d)) for p, d in pairs]
 
 
 class _Linear16(torch.autograd.Function):
@@ -159,9 +150,10 @@ class _Linear16(torch.autograd.Function):
         flat = x.reshape(-1, K)  # (..., K) -> (M, K)
         biases, a_s = tensors[::3], tensors[1::3]
         b_s = [None if b is None else b.to(x.dtype) for b in tensors[2::3]]
+        have = [a.to(x.dtype) for a in a_s if a is not None]
+        a = have[0] if len(have) == 1 else torch.cat(have)
         ranks, sizes = [0 if a is None else a.shape[0] for a in a_s], [w.shape[0] for w in weights]
-        a = _stacked(a_s, scales, flat)
-        t = _down(flat, a, ranks, drops)
+        t = _down(flat, a, ranks, scales, drops)
         if len(sizes) > 1 and isinstance(weights[0], Weight4):
             ys = flat.new_empty(flat.shape[0], sum(sizes)).split(sizes, dim=1)
         else:
@@ -188,10 +180,10 @@ class _Linear16(torch.autograd.Function):
         us, ts = _parts(u, ranks), _parts(t, ranks)
         made: list[Tensor | None] = []
         with borrowed(ctx.buffers):
-            for dy, b, part in zip(dys, b_s, us, strict=True):
+            for dy, b, s, part in zip(dys, b_s, ctx.scales, us, strict=True):
                 if b is not None:
-                    torch.mm(dy, b, out=part)  # (M, N) (N, r)
-            das = [None] * n if x is None else _grad_a(x.reshape(-1, x.shape[-1]), u, ranks, ctx.scales, drops)
+                    _product(dy, b, s, part)  # (M, N) (N, r)
+            das = [None] * n if x is None else _grad_a(x.reshape(-1, x.shape[-1]), u, ranks, drops)
             for i, (dy, da, part) in enumerate(zip(dys, das, ts, strict=True)):
                 dbias = dy.sum(dim=0) if ctx.needs_input_grad[4 + 3 * i] else None
                 made += [dbias, da, None if part is None else product32(dy.T, part)]  # (N, M) (M, r)

@@ -352,7 +352,7 @@ def model16(kind: str, device: Any, **options: Any) -> Any:
 
 
 def error(got: Tensor, want: Tensor) -> float:
-    return float((got.double() - want).norm() / want.norm())
+    return float((got.detach().double() - want.detach()).norm() / want.detach().norm())
 
 
 @pytest.mark.parametrize("large", [0, 2**60], ids=["first", "behind"])
@@ -386,7 +386,8 @@ def test_on_a_gpu_it_is_as_near_to_float64_and_takes_no_more_memory(
         errors.append([error(a, b) for a, b in zip(got, want, strict=True)])
     assert calls == [1] * 3
     assert all(new <= 1.1 * old for old, new in zip(*errors, strict=True)), errors
-    assert peaks[1] <= peaks[0], peaks
+    # gradients of the factors are made in float32, where the other way rounds them and casts them after
+    assert peaks[1] <= peaks[0] + 16 * (512 + 768) * 4, peaks
 
 
 @pytest.mark.parametrize("kind", ["dense", "nf4"])
@@ -398,7 +399,7 @@ def test_on_a_gpu_dropout_is_new_each_time_a_graph_runs(kind: str, gpu: torch.de
 
     def run() -> tuple[Tensor, list[Tensor]]:
         y = layer(x)
-        return y, list(torch.autograd.grad(y, learned, torch.ones_like(y)))
+        return y.detach(), list(torch.autograd.grad(y, learned, torch.ones_like(y)))
 
     run()
     torch.manual_seed(4)
