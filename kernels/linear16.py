@@ -5,7 +5,10 @@
                da_i = U_iᵀ d_i(X)                     db_i = dY_iᵀ T_i
 
 Where Y (or dX) is larger than the cache takes, the update's product is made first and the base's added to it: that
-reads it while it multiplies, where the update behind the base would read and write it on its own time.
+reads it while it multiplies, where the update behind the base would read and write it on its own time.  In columns of
+the base's product, as decoder blocks have it (fold.py), it costs more here: X and dY have no room and must be copied,
+and so must a dense W.  On an H200 the update adds 12 to 42 % to an NF4 base's forward there, 25 to 89 to a dense one's,
+and 7 to 27 here (benchmarks/bench_linear.py; LOG.md, 2026-11-27).
 
 d_i is the dropout of an update, a function of a seed (dropout.py): made again in the backward, kept nowhere.  Kept are
 X, where an a learns (layers around it keep it too), T (M, Σ r), the factors in 16 bits, and the seed.
@@ -30,8 +33,8 @@ from lora.kernels.scratch import borrowed, mine, scratch
 from lora.kernels.unpack import joined, unpack
 
 HALVES = (torch.bfloat16, torch.float16)
-# Bytes of a product from which the update comes first.  Its share of the base's time on an H200, behind and first, in
-# percent (LOG.md, 2026-11-27): CROSSING
+# Bytes of Y from which the update comes first.  What it adds to the base's product on an H200 behind that and first, for
+# 4096 x 4096 and r = 16: 10.5 and 11.0 % at 16 MiB, 11.6 and 11.3 at 24, 12.0 and 10.1 at 32, 12.4 and 7.9 at 64 (LOG.md)
 LARGE = 24 * 2**20
 
 
@@ -65,73 +68,90 @@ def _product(x: Tensor, a: Tensor, s: float, out: Tensor) -> None:
 def _down(x: Tensor, a: Tensor, ranks: Sequence[int], scales: Sequence[float], drops: Sequence[Drop | None]) -> Tensor:
     """T (M, Σ r) of x (M, K) and all a_i (Σ r, K)."""
     t = x.new_empty(x.shape[0], a.shape[0])
-    if not any(drops) and len({s for s, r in zip(scales, ranks, strict=True) if r}) == 1:
-        _product(x, a.T, next(s for s, r in zip(scales, ranks, strict=True) if r), t)
-        return t
+    if len(scales) > 1 and not any(drops):
+        have = {s for s, r in zip(scales, ranks, strict=True) if r}
+        if len(have) == 1:  # as it mostly is
+            _product(x, a.T, have.pop(), t)
+            return t
     for part, rows, s, drop in zip(_parts(t, ranks), _parts(a, ranks, 0), scales, drops, strict=True):
         if part is not None:
             _product(x if drop is None else dropped_copy(x, drop), rows.T, s, part)
     return t
 
 
-def _forward(x: Tensor, weights: Sequence[Any], ys: Sequence[Tensor], layers: Sequence[tuple[Any, ...]]) -> None:
-    """Y_i into ys (M, N_i) of x (M, K); `layers` are the bias, T_i and b_i of each (None where there is none)."""
-    if isinstance(weights[0], Weight4):
-        runs = [(unpack(weights, x), ys[0] if len(ys) == 1 else joined(ys), ys, layers)]
-    else:
-        runs = [(w, y, [y], [layer]) for w, y, layer in zip(weights, ys, layers, strict=True)]
-    for w, whole, parts, members in runs:
-        if whole.nbytes >= LARGE:
-            for y, (bias, t, b) in zip(parts, members, strict=True):
-                if t is None:
-                    y.zero_() if bias is None else y.copy_(bias)
-                elif bias is None:
-                    torch.mm(t, b.T, out=y)  # (M, r) (r, N)
-                else:
-                    torch.addmm(bias, t, b.T, out=y)
-            whole.addmm_(x, w.T)  # (M, K) (K, N)
-            continue
-        one = members[0][0] if len(members) == 1 else None
-        torch.mm(x, w.T, out=whole) if one is None else torch.addmm(one, x, w.T, out=whole)
-        for y, (bias, t, b) in zip(parts, members, strict=True):
-            if bias is not one:
+def _is_large(M: int, N: int, like: Tensor) -> bool:
+    return M * N * like.element_size() >= LARGE
+
+
+def _one(x: Tensor, w: Tensor, bias: Tensor | None, t: Tensor | None, b: Any) -> Tensor:
+    """Y (M, N) of x (M, K), w (N, K), T (M, r) and b (N, r)."""
+    if t is not None and _is_large(x.shape[0], w.shape[0], x):
+        y = torch.mm(t, b.T) if bias is None else torch.addmm(bias, t, b.T)
+        return y.addmm_(x, w.T)
+    y = torch.mm(x, w.T) if bias is None else torch.addmm(bias, x, w.T)
+    return y if t is None else y.addmm_(t, b.T)
+
+
+def _side_by_side(
+    x: Tensor, w: Tensor, sizes: Sequence[int], layers: Sequence[tuple[Tensor | None, Any, Any]]
+) -> tuple[Tensor, ...]:
+    """Y_i (M, N_i), columns of one buffer, of x (M, K), w (Σ N, K), and bias, T_i and b_i of each layer."""
+    whole = x.new_empty(x.shape[0], w.shape[0])
+    ys, large = whole.split(sizes, dim=1), _is_large(whole.shape[0], whole.shape[1], x)
+    if not large:
+        torch.mm(x, w.T, out=whole)
+    for y, (bias, t, b) in zip(ys, layers, strict=True):
+        if not large:
+            if bias is not None:
                 y += bias
             if t is not None:
                 y.addmm_(t, b.T)
+        elif t is None:
+            y.zero_() if bias is None else y.copy_(bias)
+        elif bias is None:
+            torch.mm(t, b.T, out=y)
+        else:
+            torch.addmm(bias, t, b.T, out=y)
+    if large:
+        whole.addmm_(x, w.T)
+    return ys
 
 
-def _backward(
+def _back(
     dys: Sequence[Tensor], weights: Sequence[Any], u: Tensor, a: Tensor, ranks: Sequence[int], drops: Sequence[Any]
 ) -> Tensor:
     """dX (M, K) of dY_i (M, N_i), all U_i (M, Σ r) and a_i (Σ r, K)."""
     if isinstance(weights[0], Weight4):
         weights, dys = [unpack(weights, u)], [dys[0] if len(dys) == 1 else joined(dys)]
-    dx, drop = u.new_empty(u.shape[0], a.shape[1]), any(drops)
-    first = drop or dx.nbytes >= LARGE
-    if drop:
-        _dropped_updates(dx, u, a, ranks, drops)
-    elif first:
-        torch.mm(u, a, out=dx)  # (M, Σ r) (Σ r, K)
-    for i, (dy, w) in enumerate(zip(dys, weights, strict=True)):
-        if first or i:
-            dx.addmm_(dy, w)  # (M, N) (N, K)
-        else:
-            torch.mm(dy, w, out=dx)
+    dx: Tensor | None = None
+    if any(drops):
+        dx = _dropped_updates(u, a, ranks, drops)
+    elif _is_large(u.shape[0], a.shape[1], u):
+        dx = u @ a  # (M, Σ r) (Σ r, K)
+    first = dx is not None
+    for dy, w in zip(dys, weights, strict=True):
+        dx = dy @ w if dx is None else dx.addmm_(dy, w)  # (M, N) (N, K)
+    assert dx is not None
     return dx if first else dx.addmm_(u, a)
 
 
-def _dropped_updates(dx: Tensor, u: Tensor, a: Tensor, ranks: Sequence[int], drops: Sequence[Any]) -> None:
-    """Σ d_i(U_i a_i) into dX (M, K)."""
-    more: Tensor | None = None
+def _dropped_updates(u: Tensor, a: Tensor, ranks: Sequence[int], drops: Sequence[Any]) -> Tensor:
+    """Σ d_i(U_i a_i) (M, K)."""
+    dx: Tensor | None = None
     for part, rows, drop in zip(_parts(u, ranks), _parts(a, ranks, 0), drops, strict=True):
         if part is None:
             continue
-        made = torch.mm(part, rows, out=dx if more is None else more)
-        if drop is not None:
-            dropped(made, drop, dx, add=more is not None)
-        elif more is not None:
-            dx += made
-        more = scratch(dx.numel(), dx.dtype, dx.device, "dropped").view(dx.shape)
+        if dx is None:
+            dx = part @ rows
+            if drop is not None:
+                dropped(dx, drop, dx)
+        elif drop is None:
+            dx.addmm_(part, rows)
+        else:
+            more = scratch(dx.numel(), dx.dtype, dx.device, "dropped").view(dx.shape)
+            dropped(torch.mm(part, rows, out=more), drop, dx, add=True)
+    assert dx is not None
+    return dx
 
 
 def _grad_a(x: Tensor, u: Tensor, ranks: Sequence[int], drops: Sequence[Any]) -> list[Tensor | None]:
@@ -152,18 +172,22 @@ class _Linear16(torch.autograd.Function):
         b_s = [None if b is None else b.to(x.dtype) for b in tensors[2::3]]
         have = [a.to(x.dtype) for a in a_s if a is not None]
         a = have[0] if len(have) == 1 else torch.cat(have)
-        ranks, sizes = [0 if a is None else a.shape[0] for a in a_s], [w.shape[0] for w in weights]
+        ranks = [0 if a is None else a.shape[0] for a in a_s]
         t = _down(flat, a, ranks, scales, drops)
-        if len(sizes) > 1 and isinstance(weights[0], Weight4):
-            ys = flat.new_empty(flat.shape[0], sum(sizes)).split(sizes, dim=1)
+        layers = list(zip(biases, _parts(t, ranks), b_s, strict=True))
+        if not isinstance(weights[0], Weight4):
+            ys = tuple(_one(flat, w, *layer) for w, layer in zip(weights, layers, strict=True))
+        elif len(weights) == 1:
+            ys = (_one(flat, unpack(weights, x), *layers[0]),)
         else:
-            ys = tuple(flat.new_empty(flat.shape[0], n) for n in sizes)
-        _forward(flat, weights, ys, list(zip(biases, _parts(t, ranks), b_s, strict=True)))
+            ys = _side_by_side(flat, unpack(weights, x), [w.shape[0] for w in weights], layers)
         needs_x = any(ctx.needs_input_grad[5::3])  # only the gradient of an a reads it
         # the seeds too: a block that runs again in the backward gets all that its second run made, or nothing of it
         seeds = [drop.seed for drop in drops if drop]
         ctx.save_for_backward(x if needs_x else None, t, a, *b_s, *seeds)
         ctx.weights, ctx.scales, ctx.drops, ctx.ranks, ctx.buffers = weights, scales, drops, ranks, mine()
+        if x.ndim == 2:
+            return ys
         if ys[0]._is_view():
             return tuple(y.view(*x.shape[:-1], y.shape[1]) for y in ys)
         # no view: what is one cannot have a further update added to it in place
@@ -189,7 +213,7 @@ class _Linear16(torch.autograd.Function):
                 made += [dbias, da, None if part is None else product32(dy.T, part)]  # (N, M) (M, r)
             dx = None
             if ctx.needs_input_grad[0]:
-                dx = _backward(dys, weights, u, a, ranks, drops).view(*grads[0].shape[:-1], a.shape[1])
+                dx = _back(dys, weights, u, a, ranks, drops).view(*grads[0].shape[:-1], a.shape[1])
         return (dx, None, None, None, *made)
 
 
