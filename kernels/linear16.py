@@ -33,8 +33,8 @@ from lora.kernels.scratch import borrowed, mine, scratch
 from lora.kernels.unpack import joined, unpack
 
 HALVES = (torch.bfloat16, torch.float16)
-# Bytes of Y from which the update comes first.  What it adds to the base's product on an H200 behind that and first, for
-# 4096 x 4096 and r = 16: 10.5 and 11.0 % at 16 MiB, 11.6 and 11.3 at 24, 12.0 and 10.1 at 32, 12.4 and 7.9 at 64 (LOG.md)
+# Bytes of Y from which the update comes first.  What it adds to the base's product on an H200, behind it and first, for
+# 4096 x 4096 and r = 16: 10.5 and 11.0 % at 16 MiB, 11.6 and 11.3 at 24, 12.0 and 10.1 at 32, 12.4 and 7.9 at 64
 LARGE = 24 * 2**20
 
 
