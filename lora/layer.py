@@ -8,8 +8,9 @@ Two more in files of their own: TrainedTokens (vocab.py), some rows of a table; 
 3 dimensions.
 
 The base is any module that maps x to y: nn.Linear, Linear4bit, GPT-2's Conv1D, bitsandbytes' layers.
-It is held and called, never changed, so switching adapters off, or a merge out again, gives back the
-same bits.  The factors are float32 and enter the product in the dtype of x.
+It is held and called, never changed, so switching adapters off, or a merge out again, gives back the same bits.  On a
+GPU in 16 bits the weight of a frozen nn.Linear or Conv1D is read instead, where nobody would see the call
+(kernels/linear16.py).  The factors are float32 and enter the product in the dtype of x.
 Source: LoRA, arXiv:2106.09685, section 4.1.
 """
 
