@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from lora.kernels._triton import tl, triton
-from lora.kernels.dispatch import use_triton
-from lora.kernels.op import op
+from lora.kernels.dispatch import on_gpu, use_triton
+from lora.kernels.op import PLAIN, op
+from lora.kernels.scratch import scratch
 
 BLOCK = 1024  # columns of a program
 
@@ -35,6 +36,33 @@ class Drop(NamedTuple):
     @property
     def scale(self) -> float:
         return 65536 / (65536 - self.threshold)
+
+
+class Seed:
+    """The seed of a step's or a layer's dropout, drawn from the generator of the device when it is first needed.
+
+    A layer's number is its place among those that drop; a CUDA graph draws a new seed each time it runs.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.used = device, 0
+        self.value: Tensor | None = None
+
+    def drop(self, p: float) -> Drop:
+        if self.value is None:
+            self.value = torch.randint(2**62, (1,), device=self.device)
+        self.used += 1
+        return Drop(p, self.value, self.used - 1)
+
+
+def counted(x: Tensor, p: float, seed: Seed | None = None) -> Drop | None:
+    """The dropout of x, by `seed` if layers share one; None where torch's takes its place.
+
+    It does on a CPU, where operations of torch would make the bits, and before a compiler, which cannot look into ours.
+    """
+    if torch.compiler.is_compiling() or not on_gpu(x) or (x.is_cuda and type(x) not in PLAIN):
+        return None
+    return (seed or Seed(x.device)).drop(p)
 
 
 # ---- reference ----
@@ -108,7 +136,7 @@ def _drop_op(x: Tensor, out: Tensor, seed: Tensor, key: int, threshold: int, sca
 
 
 def dropped(x: Tensor, drop: Drop, out: Tensor, add: bool = False) -> Tensor:
-    """x (M, K) with values dropped and the rest scaled, written into `out` (M, K), or added to it.
+    """x (M, K) with values dropped and the rest scaled, written into `out` (M, K), which may be x, or added to it.
 
     Both of any row stride, neighbours of a row side by side.
     """
@@ -125,3 +153,9 @@ def dropped(x: Tensor, drop: Drop, out: Tensor, add: bool = False) -> Tensor:
         keep_mask(x.shape[0], x.shape[1], drop), x.float() * drop.scale if x.element_size() < 4 else x * drop.scale, 0
     )
     return out.copy_(out + kept if add else kept)
+
+
+def dropped_copy(x: Tensor, drop: Drop) -> Tensor:
+    """`dropped` x (M, K) in a reused buffer: use it before the next call."""
+    x = x if x.stride(1) == 1 else x.contiguous()
+    return dropped(x, drop, scratch(x.numel(), x.dtype, x.device, "dropped").view(x.shape))

@@ -24,12 +24,11 @@ from torch import Tensor
 
 from lora.kernels import thin
 from lora.kernels._triton import tl, triton
-from lora.kernels.code4 import dequantize4
+from lora.kernels.code4 import Weight4, dequantize4
 from lora.kernels.dispatch import use_triton
-from lora.kernels.dropout import Drop, dropped
+from lora.kernels.dropout import Drop, dropped, dropped_copy
 from lora.kernels.gate import gate_forward
 from lora.kernels.lay import lay
-from lora.kernels.linear4 import Weight4
 from lora.kernels.norm import rms_norm_forward
 from lora.kernels.op import op
 from lora.kernels.pair import pair, takes
@@ -229,13 +228,8 @@ def _low(group: Group, x: Tensor, a: Tensor | None) -> Tensor:
     t = torch.empty(x.shape[0], a.shape[0], dtype=x.dtype, device=x.device)
     for part, rows, drop in zip(t.split(group.ranks, dim=1), a.split(group.ranks), group.drop, strict=True):
         if part.shape[1]:
-            part.copy_((x if drop is None else _dropped(x, drop)) @ rows.T)
+            part.copy_((x if drop is None else dropped_copy(x, drop)) @ rows.T)
     return t
-
-
-def _dropped(x: Tensor, drop: Drop) -> Tensor:
-    x = x if x.stride(1) == 1 else x.contiguous()
-    return dropped(x, drop, wide(x.shape[0], x.shape[1], 0, x, "dropped"))
 
 
 def normed(group: Group, x: Tensor, residual: Tensor | None, w: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -434,5 +428,5 @@ def grad_a(
             da.mul_(w)
         return [part if part.shape[-2] else None for part in da.split(group.ranks, dim=-2)]
     pairs = zip(columns(group, u), group.drop, strict=True)
-    das = [None if p is None else product32(p.T, x if drop is None else _dropped(x, drop)) for p, drop in pairs]
+    das = [None if p is None else product32(p.T, x if drop is None else dropped_copy(x, drop)) for p, drop in pairs]
     return [da if da is None or w is None else da.mul_(w) for da in das]

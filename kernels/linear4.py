@@ -15,38 +15,12 @@ import torch
 from torch import Tensor
 
 from lora.kernels import gemm
-from lora.kernels.code4 import Low, Weight4, dequantize4
+from lora.kernels.code4 import Low, Weight4
+from lora.kernels.dropout import Drop
 from lora.kernels.gemv4 import can_gemv4, down, gemv4, gemv4_group
-from lora.kernels.scratch import borrowed, mine, scratch
-
-
-def _unpack(weights: Sequence[Weight4], like: Tensor) -> Tensor:
-    """The weights (Σ N, K) in the dtype of `like`, in the reused buffer: use it before the next call."""
-    K = weights[0].shape[1]
-    N = sum(w.shape[0] for w in weights)
-    buffer = scratch(N * K + 1, like.dtype, like.device, "weight")  # + 1: an odd count ends on half a byte
-    start = 0
-    for q, scales, table, _, block, shape in weights:
-        n = shape[0] * K
-        out = buffer[start:] if start % 2 == 0 else None  # a pair of values is written at a time
-        decoded = dequantize4(q, scales, table, block, n, like.dtype, out=out)
-        if out is None:
-            buffer[start : start + n] = decoded
-        start += n
-    return buffer[: N * K].view(N, K)
-
-
-def _joined(parts: Sequence[Tensor]) -> Tensor:
-    """(M, N_i) side by side, without a copy where they already lie so."""
-    first, at = parts[0], parts[0].data_ptr()
-    storage = first.untyped_storage().data_ptr()
-    for part in parts:
-        same = part.untyped_storage().data_ptr() == storage and part.stride() == (first.stride(0), 1)
-        if not same or part.data_ptr() != at:
-            return torch.cat(tuple(parts), dim=1)
-        at += part.shape[1] * part.element_size()
-    N = sum(part.shape[1] for part in parts)
-    return first.as_strided((first.shape[0], N), first.stride())
+from lora.kernels.linear16 import can_linear16, linears16
+from lora.kernels.scratch import borrowed, mine
+from lora.kernels.unpack import joined, unpack
 
 
 class _Linear4(torch.autograd.Function):
@@ -58,7 +32,7 @@ class _Linear4(torch.autograd.Function):
         K = weights[0].shape[1]
         biases, a_s, b_s = factors[::3], factors[1::3], factors[2::3]
         flat = x.reshape(-1, K)  # (..., K) -> (M, K)
-        y = gemm.linear(flat, _unpack(weights, x))  # (M, Σ N)
+        y = gemm.linear(flat, unpack(weights, x))  # (M, Σ N)
         ys = list(y.split([w.shape[0] for w in weights], dim=1))
         have = [a for a in a_s if a is not None]
         xa: Any = None
@@ -113,25 +87,32 @@ class _Linear4(torch.autograd.Function):
             out += [None if da is None else da[r0:r1], (dy.T @ xa[:, r0:r1]).mul_(s)]  # (N, M) (M, r)
             r0 = r1
         if ctx.needs_input_grad[0]:
-            dy = dys[0] if n == 1 else _joined(dys)
+            dy = dys[0] if n == 1 else joined(dys)
             with borrowed(ctx.buffers):
-                dx = gemm.matmul(dy, _unpack(weights, dy))  # (M, Σ N) (Σ N, K)
+                dx = gemm.matmul(dy, unpack(weights, dy))  # (M, Σ N) (Σ N, K)
             if dxa is not None:
                 dx.addmm_(dxa, have[0] if len(have) == 1 else torch.cat(have))  # (M, Σ r) (Σ r, K)
             out[0] = dx.view(*shape, dx.shape[1])
         return tuple(out)
 
 
-def linear4(x: Tensor, weight: Weight4, bias: Tensor | None = None, low: Low | None = None) -> Tensor:
+def linear4(
+    x: Tensor, weight: Weight4, bias: Tensor | None = None, low: Low | None = None, drop: Drop | None = None
+) -> Tensor:
     """x (..., K) through a frozen 4-bit weight (N, K), in the dtype of x; no gradient reaches the weight.
 
-    `low` is (a (r, K), b (N, r), s) of a low-rank update, which does get gradients.
+    `low` is (a (r, K), b (N, r), s) of a low-rank update, which does get gradients; `drop` its dropout, only where
+    `can_linear16` says so.
     """
-    return linears4(x, (weight,), (bias,), (low,))[0]
+    return linears4(x, (weight,), (bias,), (low,), (drop,))[0]
 
 
 def linears4(
-    x: Tensor, weights: Sequence[Weight4], biases: Sequence[Tensor | None], lows: Sequence[Low | None]
+    x: Tensor,
+    weights: Sequence[Weight4],
+    biases: Sequence[Tensor | None],
+    lows: Sequence[Low | None],
+    drops: Sequence[Drop | None] = (),
 ) -> tuple[Tensor, ...]:
     """`linear4` of several weights of one K on the same x: one decode into one buffer, one product.
 
@@ -142,7 +123,7 @@ def linears4(
         flat += [bias, *(low[:2] if low else (None, None))]
     K = weights[0].shape[1]
     learns = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *flat))
-    if not learns and all(can_gemv4(x, w.q, w.block, K) for w in weights):
+    if not learns and not any(drops) and all(can_gemv4(x, w.q, w.block, K) for w in weights):
         rows = x.reshape(-1, K).contiguous()
         if len({(len(w.scales), w.block) for w in weights}) == 1:
             have = [low for low in lows if low is not None]
@@ -151,6 +132,8 @@ def linears4(
         else:
             ys = tuple(gemv4(rows, w, bias, low) for w, bias, low in zip(weights, biases, lows, strict=True))
         return tuple(y.view(*x.shape[:-1], y.shape[1]) for y in ys)
+    if any(lows) and can_linear16(x, *(w.q for w in weights)):
+        return linears16(x, weights, biases, lows, drops)
     flat = [t if t is None else t.to(x.dtype) for t in flat]  # the factors are float32, and enter in the dtype of x
     y = _Linear4.apply(x, tuple(weights), tuple(low[2] if low else 0.0 for low in lows), *flat)
     return y if isinstance(y, tuple) else (y,)

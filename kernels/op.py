@@ -21,7 +21,7 @@ from torch.autograd.graph import increment_version
 
 T = TypeVar("T")
 
-_PLAIN = (Tensor, nn.Parameter)  # another type has ideas of its own about operators: a fake, a distributed one
+PLAIN = (Tensor, nn.Parameter)  # another type has ideas of its own about operators: a fake, a distributed one
 
 
 def op(name: str, mutates: tuple[str, ...] = ()) -> Callable[[Callable[..., T]], "Op[T]"]:
@@ -63,7 +63,7 @@ def _plain(args: Iterable[object], learning: bool) -> bool:
     """Whether all tensors among `args`, and in lists among them, are plain ones that no gradient is asked for."""
     for t in args:
         if isinstance(t, Tensor):
-            if type(t) not in _PLAIN or (learning and t.requires_grad):
+            if type(t) not in PLAIN or (learning and t.requires_grad):
                 return False
         elif isinstance(t, list | tuple) and not _plain(t, learning):
             return False

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from lora.dora import squared_lengths
 from lora.init import init_embedding, init_linear, init_pissa
+from lora.kernels.dropout import counted
 from lora.kernels.lowrank import add_low_rank
 
 
@@ -178,8 +179,11 @@ def add_all(y: Tensor, x: Tensor, adapters: Sequence[Adapter | ByRow], training:
             y = adapter.add(y, x)
             continue
         a, b = adapter.factors()
-        h = nn.functional.dropout(x, adapter.dropout, training) if adapter.dropout else x
-        y = add_low_rank(y, h.to(y.dtype), a.to(y.dtype), b.to(y.dtype), adapter.scale)
+        drop, h = None, x
+        if adapter.dropout and training:
+            drop = counted(x, adapter.dropout)
+            h = nn.functional.dropout(x, adapter.dropout, training) if drop is None else x
+        y = add_low_rank(y, h.to(y.dtype), a.to(y.dtype), b.to(y.dtype), adapter.scale, drop)
         if adapter.bias is not None:
             y = y + adapter.bias.shift().to(y.dtype)
     return y

@@ -8,8 +8,9 @@ Two more in files of their own: TrainedTokens (vocab.py), some rows of a table; 
 3 dimensions.
 
 The base is any module that maps x to y: nn.Linear, Linear4bit, GPT-2's Conv1D, bitsandbytes' layers.
-It is held and called, never changed, so switching adapters off, or a merge out again, gives back the
-same bits.  The factors are float32 and enter the product in the dtype of x.
+It is held and called, never changed, so switching adapters off, or a merge out again, gives back the same bits.  On a
+GPU in 16 bits the weight of a frozen nn.Linear or Conv1D is read instead, where nobody would see the call
+(kernels/linear16.py).  The factors are float32 and enter the product in the dtype of x.
 Source: LoRA, arXiv:2106.09685, section 4.1.
 """
 
@@ -23,7 +24,10 @@ from torch import Tensor, nn
 from lora.adapter import Adapter, Bias, ByRow, add_all
 from lora.config import LoRAConfig
 from lora.dora import contribution, weight_change
-from lora.kernels.linear4 import Low, linears4
+from lora.kernels.code4 import Low
+from lora.kernels.dropout import Drop, Seed, counted
+from lora.kernels.linear4 import linears4
+from lora.kernels.linear16 import can_linear16, linears16
 from lora.quant.linear import Linear4bit, is_conv1d
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")  # where modules hold theirs
@@ -100,17 +104,27 @@ class LoRALinear(Adapted):
                 y = y + contribution(adapter, self.base, x, y0, self.training)
                 y = y if adapter.bias is None else y + adapter.bias.shift().to(y.dtype)
             return add_all(y, x, [a for a in self.on() if a.magnitude is None], self.training)
+        low, drop, rest = self.split(x)
         if isinstance(self.base, Linear4bit):
-            low, rest = self.split()
-            return add_all(self.base(x, low), x, rest, self.training)
-        return add_all(self.base(x), x, self.on(), self.training)
+            y = self.base(x, low, drop)
+        elif low is None:
+            y = self.base(x)
+        else:
+            (y,) = linears16(x, (dense_weight(self.base),), (self.base.bias,), (low,), (drop,))
+        return add_all(y, x, rest, self.training)
 
-    def split(self) -> tuple[Low | None, list[Any]]:
-        """The adapter that a 4-bit base adds in its own pass, and those to be added behind it."""
+    def split(self, x: Tensor, seed: Seed | None = None) -> tuple[Low | None, Drop | None, list[Any]]:
+        """The adapter that x meets in the base's own pass, its dropout, and those to be added behind it.
+
+        `seed` is that of the dropout, where layers share one.
+        """
         on = self.on()
-        if not on or isinstance(on[0], ByRow) or on[0].bias is not None or (self.training and on[0].dropout):
-            return None, on
-        return on[0].low(), on[1:]
+        if not on or isinstance(on[0], ByRow) or on[0].bias is not None or not takes_updates(self.base, x):
+            return None, None, on
+        if not (self.training and on[0].dropout):
+            return on[0].low(), None, on[1:]
+        drop = counted(x, on[0].dropout, seed) if can_linear16(x, self.base.weight) else None
+        return (None, None, on) if drop is None else (on[0].low(), drop, on[1:])
 
     def delta(self) -> Tensor:
         """What the active adapters add to the weight, in the base's own layout, float32."""
@@ -124,23 +138,48 @@ class LoRALinear(Adapted):
 
 
 def together(x: Tensor, *layers: nn.Module) -> list[Tensor]:
-    """[layer(x) for layer in layers]; where all are 4-bit, as one decode and one product.
+    """[layer(x) for layer in layers]; where that can be, their updates as one product, and the bases too if in 4 bits.
 
     A layer with a hook is called by itself, since a hook sees calls.
     """
-    bases, lows, rests = [], [], []
-    for layer in layers:
-        wrapped = layer if isinstance(layer, LoRALinear) and (layer.merged is None or layer.off) else None
-        base = wrapped.base if wrapped else layer
-        decomposed = wrapped is not None and any(a.magnitude is not None for a in wrapped.on())
-        if type(base) is not Linear4bit or decomposed or is_hooked(layer) or is_hooked(base):
-            return [layer(x) for layer in layers]
-        low, rest = wrapped.split() if wrapped else (None, [])
-        bases.append(base)
-        lows.append(low)
-        rests.append(rest)
-    ys = linears4(x, [base.weight4() for base in bases], [base.bias_as(x.dtype) for base in bases], lows)
+    wraps = [w if isinstance(w, LoRALinear) and (w.merged is None or w.off) else None for w in layers]
+    bases: list[Any] = [wrapped.base if wrapped else layer for wrapped, layer in zip(wraps, layers, strict=True)]
+    decomposed = any(a.magnitude is not None for wrapped in wraps if wrapped for a in wrapped.on())
+    four = {isinstance(base, Linear4bit) for base in bases}
+    if (
+        decomposed
+        or len(four) > 1
+        or any(is_hooked(module) for module in (*layers, *bases))
+        or not all(takes_updates(base, x) for base in bases)
+    ):
+        return [layer(x) for layer in layers]
+    seed = Seed(x.device)
+    lows, drops, rests = zip(*(w.split(x, seed) if w else (None, None, []) for w in wraps), strict=True)
+    if True in four:
+        ys = linears4(x, [base.weight4() for base in bases], [base.bias_as(x.dtype) for base in bases], lows, drops)
+    elif any(lows):
+        ys = linears16(x, [dense_weight(base) for base in bases], [base.bias for base in bases], lows, drops)
+    else:
+        ys = tuple(base(x) for base in bases)
     return [add_all(y, x, rest, layer.training) for y, rest, layer in zip(ys, rests, layers, strict=True)]
+
+
+def takes_updates(base: Any, x: Tensor) -> bool:
+    """Whether x can go through an update in the pass of a base: one in 4 bits, or a frozen dense one on a GPU.
+
+    Not where somebody sees or has changed the calls of a dense one.
+    """
+    if isinstance(base, Linear4bit):
+        return True
+    if (type(base) is not nn.Linear and not is_conv1d(base)) or not can_linear16(x, base.weight):
+        return False
+    still = base.weight.dtype == x.dtype and not base.weight.requires_grad
+    return still and not is_hooked(base) and "forward" not in vars(base)
+
+
+def dense_weight(base: Any) -> Tensor:
+    """The weight (out, in) of a linear layer or a Conv1D, the same memory."""
+    return base.weight.T if is_conv1d(base) else base.weight
 
 
 def is_hooked(module: nn.Module) -> bool:

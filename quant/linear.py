@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from lora.kernels.code4 import byte_table
+from lora.kernels.dropout import Drop
 from lora.kernels.gemv4 import permute_table
 from lora.kernels.linear4 import Low, Weight4, linear4
 from lora.quant.codebook import codebook
@@ -55,9 +56,12 @@ class Linear4bit(nn.Module):
         """The decoded weight (N, K), a fresh tensor."""
         return self.packed().dequantize(dtype)
 
-    def forward(self, x: Tensor, low: Low | None = None) -> Tensor:
-        """x (..., K) -> (..., N); `low` is (a (r, K), b (N, r), s) of a low-rank update added in the same pass."""
-        return linear4(x, self.weight4(), self.bias_as(x.dtype), low)
+    def forward(self, x: Tensor, low: Low | None = None, drop: Drop | None = None) -> Tensor:
+        """x (..., K) -> (..., N); `low` is (a (r, K), b (N, r), s) of a low-rank update added in the same pass.
+
+        `drop` is its dropout, only where `can_linear16` says so.
+        """
+        return linear4(x, self.weight4(), self.bias_as(x.dtype), low, drop)
 
     def weight4(self) -> Weight4:
         """The weight as the kernels take it (the same memory)."""

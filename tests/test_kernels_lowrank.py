@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from lora.kernels.dropout import Drop, keep_mask
 from lora.kernels.lowrank import add_low_rank
 
 F64 = torch.float64
@@ -24,6 +25,23 @@ def test_add_low_rank_passes_gradcheck() -> None:
     leaves = [leaf(*shape, dtype=F64) for shape in ((2, 3, 5), (2, 3, 7), (2, 7), (5, 2))]
     # * 1: the sum is written over y, which must be no leaf
     assert torch.autograd.gradcheck(lambda y, x, a, b: add_low_rank(y * 1, x, a, b, 1.5), leaves)
+
+
+def test_add_low_rank_drops_by_the_counter_and_keeps_no_mask() -> None:
+    y, x, a, b = (leaf(*shape, dtype=F64) for shape in ((2, 3, 5), (2, 3, 7), (2, 7), (5, 2)))
+    drop = Drop(0.5, torch.tensor([77]), 3)
+    mask = keep_mask(6, 7, drop).view(2, 3, 7).double() * drop.scale
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        got = add_low_rank(y * 1, x, a, b, 1.5, drop)
+    assert sorted(t.numel() for t in kept) == sorted(t.numel() for t in (x, a, b, drop.seed, x[..., :2]))
+    want = y + 1.5 * ((x * mask) @ a.T) @ b.T
+    dy = torch.randn(2, 3, 5, dtype=F64)
+    for one, other in zip(
+        (got, *torch.autograd.grad(got, (y, x, a, b), dy)), (want, *torch.autograd.grad(want, (y, x, a, b), dy)),
+        strict=True,
+    ):  # fmt: skip
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
 
 
 def test_add_low_rank_writes_over_a_fresh_result_and_copies_a_view() -> None:

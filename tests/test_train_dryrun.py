@@ -155,6 +155,21 @@ def test_other_families_run_dry(config: str, tmp_path: Path) -> None:
     assert got == count(real, batch)
 
 
+@pytest.mark.parametrize("quantize", [None, "nf4"])
+def test_on_a_gpu_dropout_of_any_model_keeps_no_mask(quantize: str | None) -> None:
+    config = GPT2Config(vocab_size=99, max_length=64, hidden_size=32, intermediate_size=128, num_layers=2, num_heads=4)
+    kept, batch = [], even_batch(2, 40)
+    for dropout in (0.0, 0.3):
+        model = config.build().requires_grad_(False).bfloat16()
+        if quantize:
+            lora.quantize(model, quantize)
+        lora.wrap(model, r=4, dropout=dropout)
+        with without_memory(gpu=True) as mode:
+            kept.append(count(like(model), fake_batch(mode, batch)).kept)
+    # a seed of 8 bytes for each layer, and one buffer for all, as large as the widest input
+    assert kept[1] - kept[0] == 2 * 4 * 8 + 2 * 40 * 128 * 2
+
+
 def test_a_skeleton_holds_what_quantizing_makes() -> None:
     for shape in ((48, 64), (5, 33)):
         packed = quantize_tensor(torch.randn(shape))

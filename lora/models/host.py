@@ -3,8 +3,8 @@
 Blocks are numbered in the order of the forward; `send` is called once a block going forward, `fetch` once going back.
 Buffers on the host are used again every step.  What is sent is let go by a later block's call, behind a wait for the
 copy: were it left to the allocator (record_stream), a CUDA graph being recorded would never get it back.  That call is
-the next one's, unless the next block sends its input alone: all states of a block take longer over PCIe than products in
-8 bits, and have the time of two blocks then.
+the next one's, unless the next block sends its input alone: the states of a block take longer over PCIe than products
+in 8 bits, and have the time of two blocks then.
 """
 
 import weakref

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lora.kernels import fold8, fp8
-from lora.kernels.dropout import Drop
+from lora.kernels.dropout import Drop, Seed
 from lora.kernels.fold import Group
 from lora.kernels.fold8 import Eight
 from lora.kernels.fp8 import TINY, weight_scale
@@ -47,23 +47,6 @@ class Spec(NamedTuple):
     gelu: bool
     keep: str
     host: Host
-
-
-class Seed:
-    """The seed of a step's dropout, drawn from the generator of the device when it is first needed.
-
-    A layer's number is its place among those that drop; a CUDA graph draws a new seed each time it runs.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.device, self.used = device, 0
-        self.value: Tensor | None = None
-
-    def drop(self, p: float) -> Drop:
-        if self.value is None:
-            self.value = torch.randint(2**62, (1,), device=self.device)
-        self.used += 1
-        return Drop(p, self.value, self.used - 1)
 
 
 class Plain(Exception):
