@@ -258,7 +258,7 @@ def test_gradients_err_no_more_than_by_way_of_16_bits(
 
 @pytest.mark.skipif(not GPU, reason="needs a GPU")
 def test_it_takes_no_more_memory_than_by_way_of_16_bits() -> None:
-    M, K, F, ranks = 4096, 1024, 3584, (16, 16, 16)
+    M, K, F, ranks = 8192, 4096, 14336, (16, 16, 16)  # of an 8B model: with few rows the parts of sums count more
     group, eight, _ = groups(K, F, ranks, False, torch.bfloat16)
     peaks = []
     for eights in (False, True):
