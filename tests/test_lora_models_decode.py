@@ -491,15 +491,17 @@ def test_bfloat16_on_a_gpu_follows_its_own_forward(gpu: torch.device) -> None:
     model = tiny().bfloat16().to(gpu)
     ids = torch.randint(101, (2, 30), device=gpu)
     decoder = Decoder(model, 2, 64)
-    exact = copy.deepcopy(model).float()
+    exact, errors = copy.deepcopy(model).float(), []
     with torch.no_grad():
         logits = decoder.begin(ids[:, :5], torch.ones(2, 5, dtype=torch.bool, device=gpu))
         for i in range(5, 30):
             right, forward = exact(ids[:, :i])[:, -1], model(ids[:, :i])[:, -1].float()
-            # the step rounds codes, the forward whole weights: one as good as the other
-            assert (logits - right).norm() <= 2 * (forward - right).norm()
+            errors.append([float((found - right).norm()) for found in (logits, forward)])
             decoder.take(ids[:, i])
             logits = decoder.step()
+    # the step rounds codes, the forward whole weights: one as good as the other, over all steps
+    stepped, plain = torch.tensor(errors).norm(dim=0)
+    assert stepped <= 1.5 * plain, errors
 
 
 @pytest.mark.parametrize("stop_at", [0, 7, 8, 30])
