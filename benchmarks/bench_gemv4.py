@@ -77,24 +77,22 @@ def measure(M, groups, W, dense, bnb, nbytes, ceiling, r):
     a = [torch.randn(r, K, device="cuda") for _ in none]
     b = [torch.randn(p.shape[0], r, device="cuda") * 1e-3 for p in groups[0]]
 
-    def ours(i):
+    def ours(i, x=x):
         if not r:
             return gemv4_group(x, sets_of[i], none, none, None, early=True)
         return gemv4_group(x, sets_of[i], none, b, down(a, [2.0] * len(a), x, early=True), early=True)
 
-    def errors():
+    def errors(x):
         """Of ours and of a product with the weight rounded to bfloat16, against float64."""
         plain = x.double() @ W.double().T
         low = [2.0 * (x.double() @ ai.double().T) @ bi.double().T for ai, bi in zip(a, b, strict=True)]
         want = plain + torch.cat(low, 1) if r else plain
         rounded = (x.float() @ W.bfloat16().float().T).bfloat16()
-        pairs = ((torch.cat(ours(0), dim=1), want), (rounded, plain))
+        pairs = ((torch.cat(ours(0, x), dim=1), want), (rounded, plain))
         return [float((found.double() - right).norm() / right.norm()) for found, right in pairs]
 
-    error, rounded = errors()
-    kept, x = x, x.abs()  # of one sign: what a code's rounding loses adds up over them
-    one_sign = errors()
-    x = kept
+    error, rounded = errors(x)
+    one_sign = errors(x.abs())  # over which what a code's rounding loses adds up
     row = {"N": [w.shape[0] for w in sets_of[0]], "K": K, "nested": groups[0][0].double, "M": M, "r": r}
     row |= {"error": error, "error_of_bf16_weight": rounded}
     row |= {"error_one_sign": one_sign[0], "error_one_sign_of_bf16_weight": one_sign[1], "ms": graph_ms(ours, sets)}
