@@ -11,7 +11,7 @@ layers keep, and so must a dense W.  r = 16, 8192 rows, what the update adds to 
 and there, on an H100 and an H200, in percent (benchmarks/bench_linear.py; LOG.md, 2026-11-27):
     NF4     4096 x 4096  25, 31 and 20, 38     14336 x 4096  16, 21 and 12, 22     4096 x 14336  17, 19 and 13, 24
     dense   4096 x 4096  27, 42 and 22, 48     14336 x 4096  19, 37 and 14, 34     4096 x 14336  17, 26 and 15, 31
-The forward alone of an NF4 base with N > K is 2 to 5 % faster there on an H100, and 2 to 4 % slower on an H200.
+The forward alone of an NF4 base with N > K is 5 % faster there on an H100, and 2 to 4 % slower on an H200.
 
 d_i is the dropout of an update, a function of a seed (dropout.py): made again in the backward, kept nowhere.  Kept are
 X, where an a learns (layers around it keep it too), T (M, Σ r), the factors in 16 bits, and the seed.
