@@ -6,9 +6,12 @@
 
 Where Y (or dX) is larger than the cache takes, the update's product is made first and the base's added to it: that
 reads it while it multiplies, where the update behind the base would read and write it on its own time.  In columns of
-the base's product, as decoder blocks have it (fold.py), it costs more here: X and dY have no room and must be copied,
-and so must a dense W.  On an H200 the update adds 12 to 42 % to an NF4 base's forward there, 25 to 89 to a dense one's,
-and 7 to 27 here (benchmarks/bench_linear.py; LOG.md, 2026-11-27).
+the base's product, as decoder blocks have it (fold.py), X and dY must be copied to have room, into buffers that all
+layers keep, and so must a dense W.  r = 16, 8192 rows, what the update adds to forward and backward of its base, here
+and there, on an H100 and an H200, in percent (benchmarks/bench_linear.py; LOG.md, 2026-11-27):
+    NF4     4096 x 4096  25, 31 and 20, 38     14336 x 4096  16, 21 and 12, 22     4096 x 14336  17, 19 and 13, 24
+    dense   4096 x 4096  27, 42 and 22, 48     14336 x 4096  19, 37 and 14, 34     4096 x 14336  17, 26 and 15, 31
+The forward alone of an NF4 base with N > K is 5 % faster there on an H100, and 2 to 4 % slower on an H200.
 
 d_i is the dropout of an update, a function of a seed (dropout.py): made again in the backward, kept nowhere.  Kept are
 X, where an a learns (layers around it keep it too), T (M, Σ r), the factors in 16 bits, and the seed.
