@@ -12,7 +12,8 @@ without the scale (`side.Rounded`), once a step for all layers and not for each:
 W (N, K) is decoded (or copied) into a reused buffer whose rows have room for B, or whose end has room for A, so the
 update costs R more columns of one product and not two products of its own with Y read and written again: 8-18 % of a
 layer's time becomes 1 (LOG.md).  The scale s is put into a factor when that is rounded to the dtype of X: exact where
-s is a power of two.
+s is a power of two.  In 16 bits on a GPU T is made while the input is written (thin.py), U and db in one pass over dY
+(pair.py), and both land in the added columns; what they do not take is products of its own.
 Source: LoRA, arXiv:2106.09685, section 4.1.
 """
 
