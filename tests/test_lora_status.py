@@ -40,7 +40,7 @@ def test_status_counts_a_4_bit_weight_by_its_weights() -> None:
     s = lora.status(model)
     assert s.quantized == 3 * 64 * 64 and s.total == N_BASE + N_ADAPTER and s.trainable == N_ADAPTER
     a_layer = 64 * 64 // 2 + 64 + 4 + 4  # codes, scales, their scale and offset
-    shared = 4 * (16 + 256) + 256 * 2 * 4 + 2 * 8 * 32 * 4  # the code, the map of scales, and two tables of the code
+    shared = 4 * (16 + 256) + 256 * 2 * 4 + 2 * 9 * 32 * 4  # the code, the map of scales, and two tables of the code
     assert s.total_bytes == 4 * (N_BASE - 3 * 64 * 64 + N_ADAPTER) + 3 * a_layer + shared
     assert s.rows[0].base == "nf4 Linear4bit"
     assert f"{3 * 64 * 64:,} of them in 4 bits" in str(s)
