@@ -23,13 +23,11 @@ from lora.kernels.linear4 import Weight4
 
 @dataclass
 class _Held:
-    seen: list[tuple[Tensor, int, int]]  # what was decoded, where it lies, and its version
+    memory: list[Tensor]  # what was decoded
+    marks: list[int]  # where that lies, and its versions
     kind: Any  # of the buffers: how they were laid out
     buffers: tuple[Tensor, ...]
     fill: Callable[[], None]
-
-    def is_current(self) -> bool:
-        return all(t._version == version for t, _, version in self.seen)
 
 
 class Decoded:
@@ -49,25 +47,28 @@ class Decoded:
 
     def of(self, block: int, which: int, group: Group, dtype: torch.dtype) -> Group:
         """The group, the `which`-th of its block, with its weights decoded in `dtype` if they stay so."""
-        room, N, K = group.room, sum(group.sizes), group.K
-        like = _memory(group)[0]
+        if block >= self.blocks:
+            return group
+        room = group.room
 
-        def make() -> tuple[Tensor, ...]:
-            return (torch.empty(N + room, K + room, dtype=dtype, device=like.device),)
+        def make(device: torch.device) -> tuple[Tensor, ...]:
+            return (torch.empty(sum(group.sizes) + room, group.K + room, dtype=dtype, device=device),)
 
         def fill(buffers: tuple[Tensor, ...]) -> None:
-            fold.decode(group.weights, buffers[0][:N, :K])
+            fold.decode(group.weights, buffers[0][: sum(group.sizes), : group.K])
 
         found = self._find((block, which), group, (dtype, room), make, fill)
         return group if found is None else group._replace(decoded=found[0])
 
     def of_8(self, block: int, which: int, group: Group, eight: Eight) -> Eight:
         """What the group's products in 8 bits need, with its weights in 8 bits if they stay so."""
-        room, N, K = fold8.room(group), sum(group.sizes), group.K
-        like = _memory(group)[0]
+        if block >= self.blocks:
+            return eight
+        room = fold8.room(group)
 
-        def make() -> tuple[Tensor, ...]:
-            return tuple(torch.empty(n, k + room, dtype=F8, device=like.device) for n, k in ((N, K), (K, N)))
+        def make(device: torch.device) -> tuple[Tensor, ...]:
+            N, K = sum(group.sizes), group.K
+            return tuple(torch.empty(n, k + room, dtype=F8, device=device) for n, k in ((N, K), (K, N)))
 
         def fill(buffers: tuple[Tensor, ...]) -> None:
             for buffer, turn in zip(buffers, (False, True), strict=True):
@@ -81,30 +82,29 @@ class Decoded:
         key: tuple[int, int],
         group: Group,
         kind: Any,
-        make: Callable[[], tuple[Tensor, ...]],
+        make: Callable[[torch.device], tuple[Tensor, ...]],
         fill: Callable[[tuple[Tensor, ...]], None],
     ) -> tuple[Tensor, ...] | None:
-        if key[0] >= self.blocks:
-            return None
-        seen = [(t, t.data_ptr(), t._version) for t in _memory(group)]
-        held = self.held.get(key)
-        if held is not None and held.kind == kind and [s[1:] for s in held.seen] == [s[1:] for s in seen]:
+        memory = [t for w in group.weights for t in ((w.q, *w.scales) if isinstance(w, Weight4) else (w,))]
+        marks, held = _marks(memory), self.held.get(key)
+        if held is not None and held.kind == kind and held.marks == marks:
             return held.buffers
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             return None  # a graph would decode each time it runs
         if held is not None:
             self._give_up(key)
-        buffers = make()
-        self.held[key] = _Held(seen, kind, buffers, lambda: fill(buffers))
+        buffers = make(memory[0].device)
+        self.held[key] = _Held(memory, marks, kind, buffers, lambda: fill(buffers))
         fill(buffers)
         return buffers
 
     def refresh(self) -> None:
         """Decodes anew what somebody has written to since: before a CUDA graph runs, which does not look."""
         for held in self.held.values():
-            if not held.is_current():
+            marks = _marks(held.memory)
+            if marks != held.marks:
                 held.fill()
-                held.seen = [(t, t.data_ptr(), t._version) for t, _, _ in held.seen]
+                held.marks = marks
 
     def clear(self) -> None:
         """Gives all memory back, and keeps nothing until a number of blocks is chosen again."""
@@ -120,9 +120,9 @@ class Decoded:
         self.epoch += 1
 
 
-def _memory(group: Group) -> list[Tensor]:
-    """Tensors that a group's weights are made of."""
-    return [t for w in group.weights for t in ((w.q, *w.scales) if isinstance(w, Weight4) else (w,))]
+def _marks(memory: list[Tensor]) -> list[int]:
+    """Other numbers once one of the tensors lies elsewhere or was written to."""
+    return [mark for t in memory for mark in (t.data_ptr(), t._version)]
 
 
 @contextmanager
