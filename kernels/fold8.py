@@ -23,7 +23,6 @@ from lora.kernels.fp8 import (
     F8,
     TOP_FACTOR,
     Part,
-    decode8,
     gate8,
     norm8,
     product8,
@@ -34,6 +33,7 @@ from lora.kernels.fp8 import (
 from lora.kernels.gate8 import gate_round, gate_scales, new_sums, totals
 from lora.kernels.pair import takes
 from lora.kernels.scratch import scratch
+from lora.kernels.weight8 import decode8
 
 WHOLE = 16  # sizes of these products are multiples of it
 SMALL = 2**25  # bytes of a rounded gradient that are not worth two products

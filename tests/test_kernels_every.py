@@ -40,6 +40,7 @@ from lora.kernels import (
     side,
     swiglu,
     thin,
+    weight8,
 )
 from lora.kernels import gate as gate_file
 from lora.kernels.linear4 import Weight4, linears4
@@ -435,8 +436,8 @@ def fp8_decode(put: Put) -> Call:
 
     def call() -> list[Tensor]:
         outs = bytes8(40, 192, q), bytes8(192, 40, q)
-        fp8.decode8(weight, 0.01, outs[0])
-        fp8.decode8(weight, 0.01, outs[1], turn=True)
+        weight8.decode8(weight, 0.01, outs[0])
+        weight8.decode8(weight, 0.01, outs[1], turn=True)
         return list(outs)
 
     return call

@@ -6,7 +6,8 @@ from torch import Tensor
 
 from lora.kernels import dispatch, fold8, fp8
 from lora.kernels.fold import Group
-from lora.kernels.fp8 import F8, TOP, Part, decode8, gate8, norm8, ride8, rows8, split8, to_f8
+from lora.kernels.fp8 import F8, TOP, Part, gate8, norm8, ride8, rows8, split8, to_f8
+from lora.kernels.weight8 import TOP_WEIGHT, decode8, weight_scale
 from lora.quant.linear import Linear4bit
 from lora.quant.weight import quantize_tensor
 
@@ -158,9 +159,9 @@ def test_two_parts_ride_as_their_sum(wish: str) -> None:
 def test_decoding_rounds_the_decoded_weight(N: int, K: int, block: int, turn: bool, double: bool, wish: str) -> None:
     torch.manual_seed(0)
     layer = Linear4bit(quantize_tensor(torch.randn(N, K, device=DEVICE), block=block, double=double))
-    scale = fp8.weight_scale(layer.weight4())
+    scale = weight_scale(layer.weight4())
     want = layer.weight_as(torch.float32)
-    assert scale == pytest.approx(float(want.abs().max()) / fp8.TOP_WEIGHT, rel=1e-6)
+    assert scale == pytest.approx(float(want.abs().max()) / TOP_WEIGHT, rel=1e-6)
     out = poisoned(*((K, N) if turn else (N, K)))
     decode8(layer.weight4(), scale, out, turn=turn)
     value = to_f8(want * (1.0 / scale)).float()
@@ -191,7 +192,7 @@ def eight(g: Group) -> fold8.Eight:
 
 
 def eight_of(g: Group, a: Tensor, b: Tensor) -> fold8.Eight:
-    scale = max(fp8.weight_scale(w) for w in g.weights)
+    scale = max(weight_scale(w) for w in g.weights)
     return fold8.Eight(scale, fold8.scales_of(g, scale, a.device), a, b, fold8.scales_of_a([g], a))
 
 

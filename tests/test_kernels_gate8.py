@@ -8,6 +8,7 @@ from lora.kernels import dispatch, fold, fold8, fp8, gate, gate8
 from lora.kernels.fold import Group
 from lora.kernels.fp8 import F8, TOP
 from lora.kernels.gate8 import gate_round, gate_scales, new_sums, totals
+from lora.kernels.weight8 import weight_scale
 from lora.quant.linear import Linear4bit
 from lora.quant.weight import quantize_tensor
 
@@ -190,7 +191,7 @@ def groups(K: int, F: int, ranks: Ranks, one: bool, dtype: torch.dtype) -> tuple
         for n, r in zip(sizes, rs, strict=True)
     )
     group = Group(tuple(x.weight4() for x in layers), (None,) * len(sizes), lows)
-    scale = max(fp8.weight_scale(w) for w in group.weights)
+    scale = max(weight_scale(w) for w in group.weights)
     there = [low for low in lows if low]
     a, b = (
         torch.stack([low[i].abs().max() * (1.5 if i == 0 else 1.0) for low in there]).max()

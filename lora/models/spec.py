@@ -16,8 +16,9 @@ from lora.kernels import fold8, fp8
 from lora.kernels.dropout import Drop, Seed
 from lora.kernels.fold import Group
 from lora.kernels.fold8 import Eight
-from lora.kernels.fp8 import TINY, weight_scale
+from lora.kernels.fp8 import TINY
 from lora.kernels.linear4 import Weight4
+from lora.kernels.weight8 import weight_scale
 from lora.layer import LoRALinear, is_hooked
 from lora.models.base import Mask, attention
 from lora.models.budget import Keeping
