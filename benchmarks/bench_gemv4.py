@@ -12,7 +12,7 @@ import argparse
 import importlib.util
 
 import torch
-from result import finish
+from result import finish, keep
 from timing import copies, copy_gb_s, graph_ms, matmul_tflop_s
 
 from lora.kernels import gemv4 as kernel
@@ -56,6 +56,8 @@ def main() -> None:
                 rows.append(row)
                 line = (f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items())
                 print("  ".join(line), flush=True)
+                if args.save:  # a run that is cut off has saved what it measured
+                    keep("gemv4", [{"copy_gb_s": ceiling}, *rows])
                 if args.sweep:
                     sweep(call, sets, nbytes)
     finish("gemv4", [{"copy_gb_s": ceiling}, *rows], args.save)

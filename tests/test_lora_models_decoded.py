@@ -1,6 +1,7 @@
 """Weights that stay decoded: the same step as with weights decoded each time, whoever writes to them meanwhile."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -154,9 +155,18 @@ def test_a_copy_of_a_model_holds_none(fused: None) -> None:
     model = model_of()
     model.keeping.decoded.blocks = 3
     want = gradients(model)
-    other = copy.deepcopy(model)
-    assert not other.keeping.decoded.held and model.keeping.decoded.held
-    close(gradients(other), want)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert not other.keeping.decoded.held and model.keeping.decoded.held
+        close(gradients(other), want)
+
+
+def test_a_model_that_moves_leaves_none_behind(fused: None) -> None:
+    model = model_of()
+    model.keeping.decoded.blocks = 3
+    gradients(model)
+    assert model.keeping.decoded.nbytes() > 0
+    model.double()
+    assert model.keeping.decoded.nbytes() == 0 and model.keeping.chosen == (0, [])
 
 
 def test_blocks_fill_a_budget_and_leave_half_of_the_card() -> None:

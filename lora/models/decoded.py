@@ -42,8 +42,8 @@ class Decoded:
         self.blocks, self.epoch = 0, 0
         self.held: dict[tuple[int, int], _Held] = {}
 
-    def __deepcopy__(self, memo: Any) -> "Decoded":
-        return Decoded()  # a copy of a model decodes for itself
+    def __reduce__(self) -> Any:
+        return Decoded, ()  # a copy of a model, or one from a file, decodes for itself
 
     def of(self, block: int, which: int, group: Group, dtype: torch.dtype) -> Group:
         """The group, the `which`-th of its block, with its weights decoded in `dtype` if they stay so."""

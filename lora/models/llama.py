@@ -284,6 +284,10 @@ class Llama(CausalLM):
         self.tie()
         self.keeping = Keeping(config, self)
 
+    def _apply(self, *args: Any, **kwargs: Any) -> Self:
+        self.keeping.forget()  # weights that stay decoded lie where the model was, in its dtype then
+        return super()._apply(*args, **kwargs)
+
     def embedding(self) -> nn.Module:
         return self.model.embed_tokens
 
