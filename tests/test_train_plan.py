@@ -19,6 +19,7 @@ from lora.models.budget import (
     Widths,
     _leaving,
     account,
+    decoded_bytes,
     graph_fits,
     host_bytes,
     in_8_bits,
@@ -66,9 +67,12 @@ def small(tmp_path: Path) -> Path:
 def test_peaks_are_those_measured_on_an_h100(
     large: Path, batch: int, length: int, budget: str | None, measured: float, whole: int, recorded: bool
 ) -> None:
-    """Figures of benchmarks/bench_step.py and bench_plan.py, LOG.md: of when no weights stayed decoded."""
+    """Figures of bench_step.py and bench_plan.py, LOG.md: `measured` is of when no weights stayed decoded."""
     plan = lora.plan(large, batch, length, budget=budget, card="h100")
     assert (plan.peak - plan.parts["weights that stay decoded"]) / GIB == pytest.approx(measured, rel=0.03)
+    assert plan.parts["weights that stay decoded"] == plan.decoded * decoded_bytes(WIDTHS, 2)
+    assert plan.peak / GIB == pytest.approx({"36GiB": 35.64, "8.2GiB": 7.88, None: 20.96}[budget], rel=0.03)
+    assert plan.decoded == {"36GiB": 13, "8.2GiB": 0, None: 32}[budget]
     assert (plan.keep.count("all"), plan.recorded, plan.by) == (whole, recorded, "account")
     assert plan.fits and plan.peak == sum(plan.parts.values())
     assert set(plan.keep) <= {"all", "host"}

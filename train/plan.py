@@ -37,6 +37,7 @@ class Plan:
         parts: bytes by what they are for; their sum is `peak`, the most that tensors take at once
         apart: bytes beside that: the CUDA context, pinned memory of the host
         keep: what each block keeps from its forward to its backward, a word of fused.KEEPS; empty off the fast path
+        decoded: the weights of so many blocks, the first ones, stay decoded from step to step
         moment: of the step when the peak is
         recorded: whether the step runs as one CUDA graph
         seconds: of one optimizer step; `spent` says on what
@@ -56,6 +57,7 @@ class Plan:
     parts: dict[str, int]
     apart: dict[str, int]
     keep: tuple[str, ...]
+    decoded: int
     moment: str
     recorded: bool
     spent: dict[str, float]
@@ -94,7 +96,8 @@ class Plan:
         verdict = "fits into" if self.fits else "DOES NOT FIT into"
         lines += ["", f"{verdict} {self.limit / size:,.2f} {unit}"]
         if self.keep:
-            lines.append(f"blocks keep: {_runs(self.keep)}" + (", one CUDA graph" if self.recorded else ""))
+            decoded = f"; weights of the first {self.decoded} stay decoded" if self.decoded else ""
+            lines.append(f"blocks keep: {_runs(self.keep)}{decoded}" + ("; one CUDA graph" if self.recorded else ""))
         spent = ", ".join(f"{name} {1e3 * s:,.0f}" for name, s in self.spent.items() if 1e3 * s >= 0.5)
         lines.append(f"step: {self.seconds:.3f} s, {self.tokens_per_second:,.0f} tokens/s (ms: {spent})")
         lines.append(f"ceilings: {self.ceilings}")
@@ -197,7 +200,8 @@ def plan(
     return Plan(
         name, method, batch, length, planner.facts(r).r, "cuda" if gpu else "cpu", ceiling.name,
         f"{ceiling.matmul:,.3g} TFLOP/s, copy {ceiling.copy:,.0f} GB/s ({ceiling.source})", found.parts, found.apart,
-        found.keep, found.moment, found.recorded, planner.seconds(found, batch, length, r), limit, found.by, largest,
+        found.keep, found.decoded, found.moment, found.recorded, planner.seconds(found, batch, length, r), limit,
+        found.by, largest,
     )  # fmt: skip
 
 
