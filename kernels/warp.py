@@ -38,7 +38,7 @@ def stretch(code: Tensor, dtype: torch.dtype) -> Tensor:
     """A factor (1,) from 1 to 2 times which a code (16,) float64 loses least by rounding to `dtype`.
 
     Every weight of one code has the same error.  NF4's, rounded as they are, are too large by 2e-4 of a block's scale
-    on the average, and that adds up over inputs whose mean is not 0: nine times the error of a rounded weight where the
+    on the average, and that adds up over inputs whose mean is not 0: six times the error of a rounded weight where the
     mean is as large as the spread.  So the mean counts 64 times, as over 4096 such inputs, and is taken over codes as
     frequent as those of normal weights, and of weights with wider and with narrower tails.
     """
