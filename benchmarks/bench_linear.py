@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 from result import finish
-from timing import copy_gb_s, eager_ms, matmul_tflop_s
+from timing import copy_gb_s, eager_ms, matmul_tflop_s, recorded
 from torch import Tensor, nn
 
 import lora
@@ -137,15 +137,9 @@ def peer(N: int, K: int, four: bool, p: float) -> tuple[Way, list[Tensor]]:
     return model, learned
 
 
-def recorded(call: Callable[[int], object], repeats: int = 2 * SETS) -> Callable[[], float]:
-    """A CUDA graph of call(i), i going round through the sets; calling it gives milliseconds of one."""
-    for i in range(SETS):
-        call(i)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for i in range(repeats):
-            call(i % SETS)
+def timed(call: Callable[[int], object], repeats: int = 2 * SETS) -> Callable[[], float]:
+    """Milliseconds of one call(i), i going round through the sets, in a CUDA graph that runs when it is asked."""
+    graph = recorded(call, SETS, repeats)
 
     def ms() -> float:
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -178,7 +172,7 @@ def measure(M: int, N: int, K: int, four: bool, p: float) -> list[dict[str, Any]
 
         return call
 
-    graphs = {(name, part): recorded(make(name)) for name in ways for part, make in (("f", forward), ("fb", both))}
+    graphs = {(name, part): timed(make(name)) for name in ways for part, make in (("f", forward), ("fb", both))}
     times: dict[tuple[str, str], list[float]] = {key: [] for key in graphs}
     for _ in range(ROUNDS):
         for case, run in graphs.items():

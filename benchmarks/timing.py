@@ -13,9 +13,8 @@ def copies(nbytes: int) -> int:
     return max(2, -(-8 * CACHE // nbytes))
 
 
-def graph_ms(call: Callable[[int], object], sets: int, repeats: int = 0) -> float:
-    """Median milliseconds of call(i), i going round through range(sets), inside one CUDA graph."""
-    repeats = repeats or max(8, sets)
+def recorded(call: Callable[[int], object], sets: int, repeats: int) -> torch.cuda.CUDAGraph:
+    """A CUDA graph of `repeats` times call(i), i going round through range(sets)."""
     for i in range(min(3, sets)):
         call(i)
     torch.cuda.synchronize()
@@ -23,6 +22,13 @@ def graph_ms(call: Callable[[int], object], sets: int, repeats: int = 0) -> floa
     with torch.cuda.graph(graph):
         for i in range(repeats):
             call(i % sets)
+    return graph
+
+
+def graph_ms(call: Callable[[int], object], sets: int, repeats: int = 0) -> float:
+    """Median milliseconds of call(i), i going round through range(sets), inside one CUDA graph."""
+    repeats = repeats or max(8, sets)
+    graph = recorded(call, sets, repeats)
     return do_bench(graph.replay, warmup=20, rep=100, return_mode="median") / repeats
 
 

@@ -55,14 +55,14 @@ class Seed:
         return Drop(p, self.value, self.used - 1)
 
 
-def counted(x: Tensor, p: float, seed: Seed | None = None) -> Drop | None:
-    """The dropout of x, by `seed` if layers share one; None where torch's takes its place.
+def counted(x: Tensor, p: float) -> Drop | None:
+    """The dropout of x; None where torch's takes its place.
 
     It does on a CPU, where operations of torch would make the bits, and before a compiler, which cannot look into ours.
     """
     if torch.compiler.is_compiling() or not on_gpu(x) or (x.is_cuda and type(x) not in PLAIN):
         return None
-    return (seed or Seed(x.device)).drop(p)
+    return Seed(x.device).drop(p)
 
 
 # ---- reference ----

@@ -166,13 +166,16 @@ def forward(
     else:
         w8 = eight.decoded[0]
     if R:
-        srcs, made = [t] if t is not None else _low(group, eight, x, like), None
+        made = None
         if t is None:
+            srcs = _low(group, eight, x, like)
             t = made = torch.empty(x.scale.shape[0], R, dtype=like.dtype, device=like.device)
+        else:
+            srcs = [t]
         ride8(x.x8, K, x.scale, srcs, eight.b, 1.0 / (TOP_FACTOR * eight.scale), made)
         _split_b(group, eight, w8[:, K:])
     bias = None
-    if any(b is not None for b in group.biases):
+    if group.biased:
         parts = zip(group.biases, group.sizes, strict=True)
         bias = torch.cat([like.new_zeros(n) if b is None else b.detach().to(like.dtype) for b, n in parts])
     y = product8(x.x8, x.scale, w8, eight.scales[:, :N], like.dtype, bias)

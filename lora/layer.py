@@ -25,7 +25,7 @@ from lora.adapter import Adapter, Bias, ByRow, add_all
 from lora.config import LoRAConfig
 from lora.dora import contribution, weight_change
 from lora.kernels.code4 import Low
-from lora.kernels.dropout import Drop, Seed, counted
+from lora.kernels.dropout import Drop, Seed
 from lora.kernels.linear4 import linears4
 from lora.kernels.linear16 import can_linear16, linears16
 from lora.quant.linear import Linear4bit, is_conv1d
@@ -123,8 +123,9 @@ class LoRALinear(Adapted):
             return None, None, on
         if not (self.training and on[0].dropout):
             return on[0].low(), None, on[1:]
-        drop = counted(x, on[0].dropout, seed) if can_linear16(x, self.base.weight) else None
-        return (None, None, on) if drop is None else (on[0].low(), drop, on[1:])
+        if not can_linear16(x, self.base.weight):
+            return None, None, on
+        return on[0].low(), (seed or Seed(x.device)).drop(on[0].dropout), on[1:]
 
     def delta(self) -> Tensor:
         """What the active adapters add to the weight, in the base's own layout, float32."""

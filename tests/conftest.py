@@ -10,6 +10,7 @@ if not torch.cuda.is_available():  # before any kernel is defined: Triton's inte
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from lora.kernels import _triton
+from lora.kernels.dispatch import INTERPRETED
 from lora.train.demo import find_weights
 
 SHARED = Path(os.environ.get("LORA_SHARED", Path(__file__).parents[2] / "shared"))
@@ -37,6 +38,15 @@ def triton_device(monkeypatch: pytest.MonkeyPatch) -> torch.device:
         pytest.skip("needs Triton")
     monkeypatch.setenv("LORA_KERNELS", "triton")
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(params=["torch", "triton"])
+def wish(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Each of the two ways of a kernel in turn, as LORA_KERNELS says it."""
+    if request.param == "triton" and not (torch.cuda.is_available() or INTERPRETED):
+        pytest.skip("needs a GPU, or TRITON_INTERPRET=1")
+    monkeypatch.setenv("LORA_KERNELS", request.param)
+    return request.param
 
 
 @pytest.fixture

@@ -12,18 +12,11 @@ from lora.quant.linear import Linear4bit
 from lora.quant.weight import quantize_tensor
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-WISHES = ["torch", "triton"] if torch.cuda.is_available() or dispatch.INTERPRETED else ["torch"]
 # the interpreter does not round bfloat16 to nearest, so it is tried in float32 only
 DTYPES = [torch.float32, torch.bfloat16] if torch.cuda.is_available() or not dispatch.INTERPRETED else [torch.float32]
 CRUDE = (
     dispatch.INTERPRETED and not torch.cuda.is_available()
 )  # the interpreter has no NaN in 8 bits, and rounds 7.9 to 4
-
-
-@pytest.fixture(params=WISHES)
-def wish(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setenv("LORA_KERNELS", request.param)
-    return request.param
 
 
 def skip_crude(wish: str) -> None:

@@ -14,17 +14,10 @@ from lora.quant.weight import quantize_tensor
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
-WISHES = ["torch", "triton"] if GPU or dispatch.INTERPRETED else ["torch"]
 # the interpreter does not round bfloat16 to nearest, so it is tried in float32 only
 DTYPES = [torch.float32, torch.bfloat16] if GPU or not dispatch.INTERPRETED else [torch.float32]
 CRUDE = dispatch.INTERPRETED and not GPU  # the interpreter has no NaN in 8 bits, and rounds 7.9 to 4
 Ranks = tuple[int, int, int]
-
-
-@pytest.fixture(params=WISHES)
-def wish(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setenv("LORA_KERNELS", request.param)
-    return request.param
 
 
 def inputs(M: int, F: int, ranks: Ranks, dtype: torch.dtype) -> tuple[tuple[Tensor, ...], list[Tensor], list[Tensor]]:

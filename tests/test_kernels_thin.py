@@ -6,20 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from lora.kernels import dispatch, fold, thin
+from lora.kernels import fold, thin
 from lora.kernels.fold import Group
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HALF = torch.bfloat16 if DEVICE == "cuda" else torch.float16  # the interpreter does not round bfloat16 as a GPU does
-KERNEL = torch.cuda.is_available() or dispatch.INTERPRETED
-
-
-@pytest.fixture(params=["torch", "triton"])
-def wish(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    if request.param == "triton" and not KERNEL:
-        pytest.skip("needs a GPU, or TRITON_INTERPRET=1")
-    monkeypatch.setenv("LORA_KERNELS", request.param)
-    return request.param
 
 
 def error(got: Tensor, want: Tensor) -> float:

@@ -207,15 +207,14 @@ def account(
     `keep` is a word of fused.KEEPS for each block; `attention` what a library's backward takes, by default cuDNN's.
     """
     attention = attention_bytes(w, M, itemsize) if attention is None else attention
-    below, last, leaving = 0, len(keep) - 1, list[str]()
+    below, last, leaving, under_way = 0, len(keep) - 1, list[str](), 0
     moments: list[tuple[int, int, str]] = []  # kept, working, which
     for i, word in enumerate(keep):
-        under_way = sum(host_bytes(w, other, M, itemsize) for other in leaving)
         moments.append((below, under_way + _forward_bytes(w, word, M, itemsize), "forward"))
         leaving = _leaving(leaving, word)
+        under_way = sum(host_bytes(w, other, M, itemsize) for other in leaving)
         below += kept_bytes(w, word, M, itemsize)
         moments.append((below, _backward_bytes(w, word, M, itemsize, i == last, i == 0, attention), "backward"))
-    under_way = sum(host_bytes(w, other, M, itemsize) for other in leaving)
     moments.append((below, under_way + head_bytes(w, M, itemsize, M if learned is None else learned), "head"))
     kept, working, moment = max(moments, key=lambda m: m[0] + m[1])
     chunk = itemsize * w.vocab * logit_rows(w, itemsize, M if learned is None else learned)
@@ -269,7 +268,7 @@ def blocks_decoded(
     step and its CUDA graph half stays free, for whatever else there is to do between steps.
     """
     total = account(w, keep, M, itemsize).total
-    on_card = (room - SPARE * (1 if set(keep) == {"all"} else 2) * total) / 2
+    on_card = (room - _spare(keep) * total) / 2
     return max(0, min(w.blocks, int(min(free - total, on_card) // decoded_bytes(w, itemsize, eights))))
 
 
@@ -282,7 +281,12 @@ def graph_fits(w: Widths, keep: Sequence[str], M: int, itemsize: int, free: int,
     """
     a = account(w, keep, M, itemsize)
     need = a.total - a.reused + CUBLAS
-    return need <= free and SPARE * (1 if set(keep) == {"all"} else 2) * need <= room
+    return need <= free and _spare(keep) * need <= room
+
+
+def _spare(keep: Sequence[str]) -> float:
+    """A graph is recorded where so many times its memory is free on the card."""
+    return SPARE * (1 if set(keep) == {"all"} else 2)
 
 
 def free_bytes(device: torch.device, limit: int | None = None) -> int:

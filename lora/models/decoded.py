@@ -25,7 +25,7 @@ from lora.kernels.linear4 import Weight4
 class _Held:
     memory: list[Tensor]  # what was decoded
     marks: list[int]  # where that lies, and its versions
-    kind: Any  # of the buffers: how they were laid out
+    kind: tuple[torch.dtype, tuple[tuple[int, int], ...]]  # of the buffers
     buffers: tuple[Tensor, ...]
     fill: Callable[[], None]
 
@@ -49,52 +49,46 @@ class Decoded:
         """The group, the `which`-th of its block, with its weights decoded in `dtype` if they stay so."""
         if block >= self.blocks:
             return group
-        room = group.room
-
-        def make(device: torch.device) -> tuple[Tensor, ...]:
-            return (torch.empty(sum(group.sizes) + room, group.K + room, dtype=dtype, device=device),)
+        N, K, room = sum(group.sizes), group.K, group.room
 
         def fill(buffers: tuple[Tensor, ...]) -> None:
-            fold.decode(group.weights, buffers[0][: sum(group.sizes), : group.K])
+            fold.decode(group.weights, buffers[0][:N, :K])
 
-        found = self._find((block, which), group, (dtype, room), make, fill)
+        found = self._find((block, which), group, dtype, ((N + room, K + room),), fill)
         return group if found is None else group._replace(decoded=found[0])
 
     def of_8(self, block: int, which: int, group: Group, eight: Eight) -> Eight:
         """What the group's products in 8 bits need, with its weights in 8 bits if they stay so."""
         if block >= self.blocks:
             return eight
-        room = fold8.room(group)
-
-        def make(device: torch.device) -> tuple[Tensor, ...]:
-            N, K = sum(group.sizes), group.K
-            return tuple(torch.empty(n, k + room, dtype=F8, device=device) for n, k in ((N, K), (K, N)))
+        N, K, room = sum(group.sizes), group.K, fold8.room(group)
 
         def fill(buffers: tuple[Tensor, ...]) -> None:
             for buffer, turn in zip(buffers, (False, True), strict=True):
                 fold8.decode(group, eight.scale, buffer, turn)
 
-        found = self._find((block, which), group, (F8, room, eight.scale), make, fill)
+        found = self._find((block, which), group, F8, ((N, K + room), (K, N + room)), fill)
         return eight if found is None else eight._replace(decoded=(found[0], found[1]))
 
     def _find(
         self,
         key: tuple[int, int],
         group: Group,
-        kind: Any,
-        make: Callable[[torch.device], tuple[Tensor, ...]],
+        dtype: torch.dtype,
+        shapes: tuple[tuple[int, int], ...],
         fill: Callable[[tuple[Tensor, ...]], None],
     ) -> tuple[Tensor, ...] | None:
+        """The buffers of a group, filled; None while a graph is recorded, which would fill them each time it runs."""
         memory = [t for w in group.weights for t in ((w.q, *w.scales) if isinstance(w, Weight4) else (w,))]
         marks, held = _marks(memory), self.held.get(key)
-        if held is not None and held.kind == kind and held.marks == marks:
+        if held is not None and held.kind == (dtype, shapes) and held.marks == marks:
             return held.buffers
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-            return None  # a graph would decode each time it runs
+            return None
         if held is not None:
             self._give_up(key)
-        buffers = make(memory[0].device)
-        self.held[key] = _Held(memory, marks, kind, buffers, lambda: fill(buffers))
+        buffers = tuple(torch.empty(shape, dtype=dtype, device=memory[0].device) for shape in shapes)
+        self.held[key] = _Held(memory, marks, (dtype, shapes), buffers, lambda: fill(buffers))
         fill(buffers)
         return buffers
 
