@@ -24,17 +24,14 @@ import torch
 from torch import Tensor
 
 from lora.kernels import thin
-from lora.kernels._triton import tl, triton
 from lora.kernels.code4 import Weight4, dequantize4
-from lora.kernels.dispatch import use_triton
 from lora.kernels.dropout import Drop, dropped, dropped_copy
 from lora.kernels.gate import gate_forward
-from lora.kernels.lay import lay
+from lora.kernels.lay import fringe, lay
 from lora.kernels.norm import rms_norm_forward
-from lora.kernels.op import op
 from lora.kernels.pair import pair, takes
 from lora.kernels.scratch import scratch
-from lora.kernels.side import blocks, diagonal, joined, rounded
+from lora.kernels.side import diagonal, joined, rounded
 from lora.kernels.side import spread as spread_part
 
 ROOM = 64  # the added columns are a multiple of it, so that rows begin on 128 bytes and products get whole tiles
@@ -94,66 +91,6 @@ class Fed(NamedTuple):
 def wide(M: int, K: int, room: int, like: Tensor, use: str) -> Tensor:
     """A reused buffer (M, K + room) in the dtype of `like`: use it before the next call with this `use`."""
     return scratch(M * (K + room), like.dtype, like.device, use).view(M, K + room)
-
-
-# ---- reference ----
-def _fringe_ref(out: Tensor, src: Tensor | None, ones: bool) -> None:
-    out.zero_()
-    r = 0 if src is None else src.shape[1]
-    if src is not None:
-        out[:, :r] = src
-    if ones:
-        out[:, r] = 1.0
-
-
-# ---- kernel ----
-@triton.jit
-def _fringe_kernel(
-    out_ptr,  # (M, room)
-    src_ptr,  # (M, r), any float
-    M,
-    room,
-    r,
-    out_stride_m,
-    src_stride_m,
-    ONES: tl.constexpr,  # in the column behind src
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]  # (ROWS, 1)
-    col = tl.arange(0, BLOCK)[None, :]  # (1, BLOCK)
-    value = tl.load(src_ptr + row * src_stride_m + col, mask=(row < M) & (col < r), other=0.0).to(tl.float32)
-    if ONES:
-        value = tl.where(col == r, 1.0, value)
-    tl.store(out_ptr + row * out_stride_m + col, value.to(out_ptr.dtype.element_ty), mask=(row < M) & (col < room))
-
-
-# ---- launch ----
-@op("lora::fringe", mutates=("out",))
-def _fringe_op(out: Tensor, src: Tensor | None, ones: bool) -> None:
-    M, room = out.shape
-    BLOCK, ROWS = blocks(room)
-    r, stride = (0, 0) if src is None else (src.shape[1], src.stride(0))
-    with torch.cuda.device_of(out):  # Triton launches on the current device, not on the tensors'
-        _fringe_kernel[(-(-M // ROWS),)](
-            out, out if src is None else src, M, room, r, out.stride(0), stride, ONES=ones, ROWS=ROWS, BLOCK=BLOCK,
-            num_warps=4,
-        )  # fmt: skip
-
-
-def fringe(out: Tensor, src: Tensor | None, ones: bool = False) -> None:
-    """Writes all of `out` (M, room): src (M, r), behind it a column of ones if asked for, else 0.
-
-    `out` may be columns of a wider buffer.
-    """
-    if src is not None and (src.shape[0] != out.shape[0] or src.shape[1] + ones > out.shape[1]):
-        raise ValueError(f"{tuple(src.shape)}, and {int(ones)} more, does not fit into {tuple(out.shape)}")
-    if src is not None and src.stride(1) != 1:
-        src = src.contiguous()
-    if use_triton(out, *(() if src is None else (src,))):
-        _fringe_op(out, src, ones)
-    else:
-        _fringe_ref(out, src, ones)
 
 
 # ---- the parts of the products ----

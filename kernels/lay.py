@@ -1,12 +1,14 @@
-"""The factors of the updates of up to three layers, laid out for the product of their base (fold.py), in one launch.
+"""What updates add to the product of their base (fold.py), laid out for it; of adapters side by side: side.py.
 
     stacked   (rows, K): s_i a_i one under the other, 0 below
     spread    (Σ N, room): s_i b_i block-diagonal, the biases in the column behind it, else 0
+    fringe    (M, room): T or U, ones in the column behind it where there are biases, else 0
 
-Both are rounded to the dtype of what they are written into, after the scale.  A launch costs 2 us whatever it copies,
+The factors of up to three layers go in one launch.  Each value is rounded to the dtype of what it is written into,
+after the scale.  A launch costs 2 us whatever it copies,
 and a step has four such groups in each of its blocks, forward and backward: with one for each factor it took 1,300.
 
-Bytes that must move: what is written, and the factors once.
+Bytes that must move: what is written, and the factors, T or U once.
 """
 
 from collections.abc import Sequence
@@ -48,6 +50,15 @@ def _lay_ref(
         for one, s in zip(a, sa, strict=True):
             stacked[row : row + one.shape[0]] = one * s
             row += one.shape[0]
+
+
+def _fringe_ref(out: Tensor, src: Tensor | None, ones: bool) -> None:
+    out.zero_()
+    r = 0 if src is None else src.shape[1]
+    if src is not None:
+        out[:, :r] = src
+    if ones:
+        out[:, r] = 1.0
 
 
 # ---- kernel ----
@@ -123,6 +134,27 @@ def _lay_kernel(
         tl.store(out, b.to(spread_ptr.dtype.element_ty), mask=(n < N) & (rank < room))
 
 
+@triton.jit
+def _fringe_kernel(
+    out_ptr,  # (M, room)
+    src_ptr,  # (M, r), any float
+    M,
+    room,
+    r,
+    out_stride_m,
+    src_stride_m,
+    ONES: tl.constexpr,  # in the column behind src
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]  # (ROWS, 1)
+    col = tl.arange(0, BLOCK)[None, :]  # (1, BLOCK)
+    value = tl.load(src_ptr + row * src_stride_m + col, mask=(row < M) & (col < r), other=0.0).to(tl.float32)
+    if ONES:
+        value = tl.where(col == r, 1.0, value)
+    tl.store(out_ptr + row * out_stride_m + col, value.to(out_ptr.dtype.element_ty), mask=(row < M) & (col < room))
+
+
 # ---- launch ----
 @op("lora::lay", mutates=("stacked", "spread"))
 def _lay_op(
@@ -184,3 +216,30 @@ def lay(
         _lay_op(*args)
     else:
         _lay_ref(*args)
+
+
+@op("lora::fringe", mutates=("out",))
+def _fringe_op(out: Tensor, src: Tensor | None, ones: bool) -> None:
+    M, room = out.shape
+    BLOCK, ROWS = blocks(room)
+    r, stride = (0, 0) if src is None else (src.shape[1], src.stride(0))
+    with torch.cuda.device_of(out):  # Triton launches on the current device, not on the tensors'
+        _fringe_kernel[(-(-M // ROWS),)](
+            out, out if src is None else src, M, room, r, out.stride(0), stride, ONES=ones, ROWS=ROWS, BLOCK=BLOCK,
+            num_warps=4,
+        )  # fmt: skip
+
+
+def fringe(out: Tensor, src: Tensor | None, ones: bool = False) -> None:
+    """Writes all of `out` (M, room): src (M, r), behind it a column of ones if asked for, else 0.
+
+    `out` may be columns of a wider buffer.
+    """
+    if src is not None and (src.shape[0] != out.shape[0] or src.shape[1] + ones > out.shape[1]):
+        raise ValueError(f"{tuple(src.shape)}, and {int(ones)} more, does not fit into {tuple(out.shape)}")
+    if src is not None and src.stride(1) != 1:
+        src = src.contiguous()
+    if use_triton(out, *(() if src is None else (src,))):
+        _fringe_op(out, src, ones)
+    else:
+        _fringe_ref(out, src, ones)

@@ -29,7 +29,6 @@ from lora.kernels import (
     dropout,
     encode4,
     feed,
-    fold,
     fp8,
     gate8,
     gemv4,
@@ -284,8 +283,8 @@ def fringe(put: Put) -> Call:
     out, src = put(half(9, 100)), put(torch.randn(9, 5))
 
     def call() -> list[Tensor]:
-        fold.fringe(out[:, 30:94], src)
-        fold.fringe(out[:, :30], src, ones=True)
+        lay.fringe(out[:, 30:94], src)
+        lay.fringe(out[:, :30], src, ones=True)
         return [out]
 
     return call

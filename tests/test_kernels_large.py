@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lora.kernels import adamw, attend, cross_entropy, fold, gate8, norm, rope, swiglu
+from lora.kernels import adamw, attend, cross_entropy, gate8, lay, norm, rope, swiglu
 from lora.kernels.code4 import byte_table
 from lora.kernels.gemv4 import permute_table
 from lora.kernels.linear4 import Weight4, linears4
@@ -155,9 +155,9 @@ def test_attention_of_a_token() -> None:
 def test_fringe() -> None:
     wide = torch.zeros(M, D, dtype=torch.bfloat16, device="cuda")
     src = values(M, 16, dtype=torch.float32)
-    fold.fringe(wide[:, -64:], src, ones=True)
+    lay.fringe(wide[:, -64:], src, ones=True)
     want = torch.zeros(TAIL, 64, dtype=torch.bfloat16, device="cuda")
-    fold.fringe(want, tail(src), ones=True)
+    lay.fringe(want, tail(src), ones=True)
     assert torch.equal(wide[-TAIL:, -64:], want) and not wide[-TAIL:, :-64].any()
 
 
