@@ -54,7 +54,7 @@ def batches(ids: list[int], steps: int, rows: int, length: int, seed: int) -> li
     return made
 
 
-def recordable(model: Any) -> bool:
+def recordable(model: Any, batch: Batch) -> bool:
     """Graphs of the plain path too, or its launches would take the day."""
     return hasattr(model, "keeping")
 

@@ -80,7 +80,7 @@ def run(shape: str, method: str, batch: int, length: int, r: int, keep: str, car
     peak, took = torch.cuda.max_memory_allocated(), statistics.median(seconds[2:])
     there = [name for name in ("4-bit weights", "dense weights", "trained weights, float32", "gradients")]
     predicted_base = sum(plan.parts[name] for name in (*there, "optimizer states"))
-    chosen = model.keeping.chosen[1] or [word or ""] * config.num_layers
+    chosen = model.keeping.chosen.keep or [word or ""] * config.num_layers
     mib = 2**20
     return {
         "case": f"{shape} {method} {batch}x{length} r{r} {keep}".strip(), "by": plan.by,

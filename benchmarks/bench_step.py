@@ -119,7 +119,7 @@ def measure(model: Llama, case: Case, steps: int, profile: bool) -> dict:
         "who": "ours", "batch": batch, "length": length, "keep": keep, "compute": compute,
         "ms": round(1e3 * took, 1), "tok_s": round(batch * length / took),
         "peak_GiB": round(torch.cuda.max_memory_allocated() / 2**30, 2), "base_GiB": round(base / 2**30, 2),
-        "blocks_whole": keeping.chosen[1].count("all"), "blocks_decoded": keeping.decoded.blocks,
+        "blocks_whole": keeping.chosen.keep.count("all"), "blocks_decoded": keeping.decoded.blocks,
         "graph": bool(graphs.graphs), "loss": round(finite(loss), 3),
     }  # fmt: skip
 
@@ -214,7 +214,7 @@ def longest(args: argparse.Namespace) -> list[dict]:
             optimizer.zero_grad()
         row = {
             "who": "ours", "longest": tokens, "r": args.r, "layers": model.config.num_layers, "ballast": bool(kept),
-            "keep": sorted(set(model.keeping.keep or model.keeping.chosen[1])), **found,
+            "keep": sorted(set(model.keeping.keep or model.keeping.chosen.keep)), **found,
             "peak_GiB": round(torch.cuda.max_memory_allocated() / 2**30, 2),
             "reserved_GiB": round(torch.cuda.max_memory_reserved() / 2**30, 2),
             "host_GiB": round(model.keeping.host.nbytes() / 2**30, 2),

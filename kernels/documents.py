@@ -1,19 +1,40 @@
 """Causal attention inside documents that lie one behind the other in a packed row: no token sees another document.
 
 The torch reference runs each document through PyTorch's attention as if it were alone, so packing changes no number
-that matters and costs Σ length², not (Σ length)².  A kernel for ragged batches (cu_seqlens) takes its place here.
+that matters and costs Σ length², not (Σ length)².  On a GPU a kernel for ragged batches takes its place, which reads
+where documents end from memory: a CUDA graph of it serves other documents.
 """
 
 import functools
 import itertools
 from collections.abc import Callable, Sequence
 from inspect import signature
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from lora.kernels.causal import can_causal, causal_attention
+from lora.kernels.scratch import room
+
+BLOCK = 128  # queries of one document that the kernel for ragged batches takes at a time
+
+
+class Ragged(NamedTuple):
+    """Documents as the kernel for ragged batches takes them.
+
+    ends: where each begins in the flattened batch, and its end, (documents + 1,) int32 on the GPU; documents without
+        tokens may stand behind the last.
+    longest: a bound on their lengths, by which the kernel's grid is laid out.
+    """
+
+    ends: Tensor
+    longest: int
+
+
+def takes_ragged(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether attention of such states goes by a `Ragged` alone."""
+    return device.type == "cuda" and dtype in (torch.bfloat16, torch.float16) and _varlen() is not None
 
 
 @functools.cache
@@ -34,19 +55,19 @@ def document_attention(
     v: Tensor,
     lengths: Sequence[Sequence[int]],
     *,
+    ragged: Ragged | None = None,
     window: int | None = None,
     scale: float | None = None,
     softcap: float | None = None,
 ) -> Tensor:
     """softmax(q kᵀ · scale) v within each document, (B, H, T, D).
 
-    `lengths[b]` are the lengths of row b's documents, in order; their sum is T.  A query sees the last `window` keys
-    of its document, itself counted, and none behind itself.  `scale` defaults to D ** -0.5; `softcap` squeezes the
-    scores into ±softcap by tanh.
+    `lengths[b]` are the lengths of row b's documents, in order; their sum is T.  `ragged` tells the same, where it is
+    at hand.  A query sees the last `window` keys of its document, itself counted, and none behind itself.  `scale`
+    defaults to D ** -0.5; `softcap` squeezes the scores into ±softcap by tanh.
     """
-    varlen = _varlen() if q.is_cuda and softcap is None and q.dtype in (torch.bfloat16, torch.float16) else None
-    if varlen is not None:
-        return _ragged(varlen, q, k, v, tuple(map(tuple, lengths)), window, scale)
+    if softcap is None and takes_ragged(q.device, q.dtype):
+        return _ragged(q, k, v, ragged or ragged_of(lengths, q.device), window, scale)
     if q.shape[1] > k.shape[1] and not (softcap is None and can_causal(q, k)):
         k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for t in (k, v))
     rows = []
@@ -57,24 +78,22 @@ def document_attention(
     return torch.stack(rows)
 
 
-@functools.lru_cache(maxsize=8)
-def _ends(lengths: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
-    """Where documents begin in the flattened batch, and its end, int32: copied to the device once a batch."""
+def ragged_of(lengths: Sequence[Sequence[int]], device: torch.device) -> Ragged:
+    """The documents of these lengths, on a device.
+
+    Like batches get the same shapes: documents without tokens fill up their number, and the bound is a power of two.
+    """
     ends = [0, *itertools.accumulate(n for row in lengths for n in row)]
-    return torch.tensor(ends, dtype=torch.int32).to(device, non_blocking=True)
+    ends += ends[-1:] * (room(len(ends) - 1) + 1 - len(ends))
+    longest = max(BLOCK, 1 << (max(max(row) for row in lengths) - 1).bit_length())
+    host = torch.tensor(ends, dtype=torch.int32)
+    return Ragged(host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host, longest)
 
 
-def _ragged(
-    varlen: Callable[..., Tensor],
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    lengths: tuple[tuple[int, ...], ...],
-    window: int | None,
-    scale: float | None,
-) -> Tensor:
+def _ragged(q: Tensor, k: Tensor, v: Tensor, documents: Ragged, window: int | None, scale: float | None) -> Tensor:
     B, _, T, _ = q.shape
-    ends, longest = _ends(lengths, q.device), max(max(row) for row in lengths)
+    varlen, (ends, longest) = _varlen(), documents
+    assert varlen is not None
     flat = (t.transpose(1, 2).reshape(B * T, t.shape[1], t.shape[3]) for t in (q, k, v))
     before = -1 if window is None else window - 1
     y = varlen(*flat, ends, ends, longest, longest, window_size=(before, 0), scale=scale)

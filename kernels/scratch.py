@@ -27,6 +27,15 @@ def scratch(n: int, dtype: torch.dtype, device: torch.device, use: str) -> Tenso
     return buffers[key][:n]
 
 
+def room(n: int) -> int:
+    """Room for n values, of few sizes: the next of 1, 1.25, 1.5, 1.75 times a power of two, or of the multiples of 16.
+
+    What is as large serves many n: a buffer, a CUDA graph.
+    """
+    step = max(16, 1 << max(0, (n - 1).bit_length() - 3))
+    return -(-n // step) * step
+
+
 def mine() -> dict[Any, Tensor]:
     """This thread's buffers, to be lent to the thread that runs the backward."""
     return _local.__dict__.setdefault("buffers", {})

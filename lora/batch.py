@@ -71,7 +71,8 @@ class Batch:
             to_device(t, device) for t in (self.ids, self.real, self.at, self.target, self.owner)
         )
         positions = None if self.positions is None else to_device(self.positions, device)
-        return Batch(ids, real, at, target, owner, self.rows, positions, self.documents)
+        documents = None if self.documents is None else self.documents.on(device)
+        return Batch(ids, real, at, target, owner, self.rows, positions, documents)
 
 
 def to_device(t: Tensor, device: torch.device) -> Tensor:

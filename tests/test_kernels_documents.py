@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lora.kernels.documents import document_attention
+from lora.kernels.documents import BLOCK, document_attention, ragged_of
 
 LENGTHS = [[5, 100, 1, 22], [128]]
 
@@ -18,6 +18,15 @@ def test_a_document_is_as_if_alone(window: int | None) -> None:
     other = k.clone()
     other[0, :, :5] += 1.0
     assert torch.equal(document_attention(q, other, v, LENGTHS, window=window)[0, :, 5:], y[0, :, 5:])
+
+
+def test_like_batches_are_told_in_the_same_shapes() -> None:
+    ends, longest = ragged_of(((3, 1, 2), (6,)), torch.device("cpu"))
+    assert ends.tolist() == [0, 3, 4, 6] + 13 * [12] and ends.dtype == torch.int32 and longest == BLOCK
+    many = [ragged_of((n * (900,), (900 * n,)), torch.device("cpu")) for n in range(16, 32)]
+    assert {len(ends) for ends, _ in many} == {33} and {longest for _, longest in many} == {16384, 32768}
+    assert ragged_of(((1025,),), torch.device("cpu")).longest == 2048
+    assert ragged_of(((1024,),), torch.device("cpu")).longest == 1024
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -166,7 +166,7 @@ def test_a_model_that_moves_leaves_none_behind(fused: None) -> None:
     gradients(model)
     assert model.keeping.decoded.nbytes() > 0
     model.double()
-    assert model.keeping.decoded.nbytes() == 0 and model.keeping.chosen == (0, [])
+    assert model.keeping.decoded.nbytes() == 0 and model.keeping.chosen == (0, 0, ())
 
 
 def test_blocks_fill_a_budget_and_leave_half_of_the_card() -> None:
@@ -197,9 +197,17 @@ def test_a_larger_step_chooses_again(monkeypatch: pytest.MonkeyPatch) -> None:
     keeping.decoded.held[0, 0] = object()  # type: ignore[assignment]
     assert few == 32 and keeping.choose(small) and keeping.decoded.held
     keeping.choose(large)
-    assert keeping.chosen[0] == 8192 and not keeping.decoded.held and keeping.decoded.epoch == 1
+    assert keeping.chosen.tokens == 8192 and not keeping.decoded.held and keeping.decoded.epoch == 1
+    keeping.decoded.held[0, 0] = object()  # type: ignore[assignment]
+    keeping.choose(large, documents=16)
+    assert keeping.chosen == (8192, 16, ["all"] * 32) and not keeping.decoded.held
+    keeping.decoded.held[0, 0] = object()  # type: ignore[assignment]
+    keeping.choose(small, documents=32)  # more of them than before: by the largest of both
+    assert keeping.chosen[:2] == (8192, 32) and not keeping.decoded.held
+    keeping.choose(large, documents=16)
+    assert keeping.chosen[:2] == (8192, 32)
     keeping.forget()
-    assert keeping.chosen == (0, []) and keeping.decoded.blocks == 0
+    assert keeping.chosen == (0, 0, ()) and keeping.decoded.blocks == 0
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

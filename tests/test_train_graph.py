@@ -3,6 +3,7 @@
 import gc
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,11 +12,15 @@ import lora
 from lora.batch import Batch, Example, Pack, collate
 from lora.eval.nll import token_nll
 from lora.kernels.fp8 import refusal
-from lora.kernels.scratch import mine
+from lora.kernels.scratch import mine, room
 from lora.models.fused import KEEPS
+from lora.models.gemma import Gemma3Config
 from lora.models.host import Host
 from lora.models.llama import LlamaConfig
-from lora.train.graph import Graphs, _room
+from lora.models.mistral import MistralConfig
+from lora.models.phi3 import Phi3Config
+from lora.models.qwen import Qwen2Config, Qwen3Config
+from lora.train.graph import Graphs
 from lora.train.optim import AdamW
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -37,6 +42,33 @@ def small(keep: str | None = None, layers: int = 2):
             torch.nn.init.normal_(p, std=0.1)
     model.keeping.keep = keep
     return model.to(DEVICE).train()
+
+
+def of_family(name: str):
+    """A small model of another family with a fused block, wrapped, in bfloat16."""
+    sizes = {
+        "vocab_size": 97, "hidden_size": 64, "intermediate_size": 96, "num_layers": 3, "num_heads": 4,
+        "num_kv_heads": 2, "head_dim": 16, "max_length": 128,
+    }  # fmt: skip
+    far = {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [4.0] * 8}
+    config: Any = {
+        "qwen2": lambda: Qwen2Config(**sizes, attention_bias=True),
+        "qwen3": lambda: Qwen3Config(**sizes, qk_norm=True),
+        "mistral": lambda: MistralConfig(**sizes, windows=(7, None, 7)),
+        "phi3": lambda: Phi3Config(**sizes, original_length=32, rope_scaling=far),
+        "gemma3": lambda: Gemma3Config(**sizes, qk_norm=True, tied=True, windows=(5, None, 5)),
+    }[name]()
+    torch.manual_seed(0)
+    model = config.build().requires_grad_(False)
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+        if p.ndim == 1 and name != "gemma3":
+            p.data += 1.0
+    lora.wrap(lora.quantize(model.to(DEVICE, torch.bfloat16), "nf4"), r=4)
+    for p in model.parameters():
+        if p.requires_grad:
+            torch.nn.init.normal_(p, std=0.1)
+    return model.train()
 
 
 def batch(seed: int, rows: int = 3, length: int = 20, learned: int = 9) -> Batch:
@@ -84,6 +116,66 @@ def test_a_batch_runs_as_without_it(keep: str | None, monkeypatch: pytest.Monkey
 
 
 @on_gpu
+@pytest.mark.parametrize("keep", [None, *KEEPS])
+def test_packed_rows_of_other_documents_run_in_one_graph(keep: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lora.train.graph.RECORD", True)
+    model = small(keep)
+    graphs = Graphs(model)
+    for seed in range(8):  # of 9 or 12 documents, the longest 20 to 13 tokens long
+        b = packed_batch(seed)
+        want, gradients = plain(model, b, 9)
+        for p in model.parameters():
+            if p.grad is not None:
+                p.grad.zero_()
+        loss, hits = graphs.run(b, 9)
+        assert float(loss) == pytest.approx(want, rel=1e-5) and 0 <= int(hits) <= b.target.numel()
+        for k, p in model.named_parameters():
+            if p.requires_grad:
+                torch.testing.assert_close(p.grad, gradients[k], rtol=1e-3, atol=1e-5)
+    assert len(graphs.graphs) == 1
+    long = collate([Pack((Example((1,) * 129, (True,) * 129, 0),), 129)]).to(DEVICE)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="129 tokens in a packed document"):
+            graphs.run(long, 9)
+
+
+@on_gpu
+def test_documents_that_a_graph_would_hold_on_to_are_not_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In float32 no kernel reads where they end from memory."""
+    monkeypatch.setattr("lora.train.graph.RECORD", True)
+    model = small().float()
+    graphs = Graphs(model)
+    for seed in (0, 3, 0, 3):
+        b = packed_batch(seed)
+        want, _ = plain(model, b, 9)
+        assert float(graphs.run(b, 9)[0]) == pytest.approx(want, rel=1e-5)
+    assert not graphs.graphs and model.keeping.recordable
+
+
+@on_gpu
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("name", ["qwen2", "qwen3", "mistral", "phi3", "gemma3"])
+def test_every_family_of_fused_blocks_is_recorded(name: str, packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = of_family(name)
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p) if p.requires_grad else None
+    made = []
+    for record in (True, False):
+        monkeypatch.setattr("lora.train.graph.RECORD", record)
+        graphs, found = Graphs(model), []
+        for seed in range(4):
+            model.zero_grad(set_to_none=False)
+            b = packed_batch(seed) if packed else batch(seed, length=40)
+            found.append([float(graphs.run(b, 9)[0]), *(p.grad.clone() for p in model.parameters() if p.requires_grad)])
+        assert len(graphs.graphs) == record
+        made.append(found)
+    for (loss, *got), (want_loss, *want) in zip(*made, strict=True):
+        assert loss == pytest.approx(want_loss, rel=1e-5)
+        for a, b in zip(got, want, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4 * float(b.abs().max()))
+
+
+@on_gpu
 def test_gradients_add_up_over_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lora.train.graph.RECORD", True)
     model = small()
@@ -102,7 +194,7 @@ def test_gradients_add_up_over_batches(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_room_is_little_more_than_needed() -> None:
     for n in range(1, 3000):
-        assert n <= _room(n) <= max(16, 1.25 * n + 16)
+        assert n <= room(n) <= max(16, 1.25 * n + 16)
 
 
 @on_gpu
@@ -148,8 +240,8 @@ def trained(model, start: list[torch.Tensor], steps: int) -> tuple[list[float], 
         grads.append([p.grad.clone() for p in factors if p.grad is not None])
         optimizer.step(1e-3, zero=True)
         torch.cuda.synchronize()
-        for room in model.keeping.host.room.values():
-            room.fill_(255)
+        for pinned in model.keeping.host.room.values():
+            pinned.fill_(255)
     return losses, grads, graphs
 
 
@@ -190,7 +282,7 @@ def test_a_run_with_graphs_equals_one_without(stories, monkeypatch: pytest.Monke
 
 @on_gpu
 @pytest.mark.parametrize("keep", [None, "host", "input_host"])
-@pytest.mark.parametrize(("record", "packed"), [(True, False), (False, False), (False, True)])
+@pytest.mark.parametrize(("record", "packed"), [(True, False), (True, True), (False, False), (False, True)])
 def test_no_step_waits_for_the_gpu_and_memory_does_not_grow(
     record: bool, packed: bool, keep: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -112,6 +112,15 @@ def test_fewer_learned_tokens_need_fewer_logits(large: Path) -> None:
     assert few.parts["chunk of logits"] < many.parts["chunk of logits"] and few.seconds < many.seconds
 
 
+def test_texts_of_packed_rows_take_room_for_a_block_of_queries_each(large: Path) -> None:
+    """In flash attention's backward 128 rows more for each, of dq and a sum in float32; their number is rounded up."""
+    more = {"card": "h100", "keep": "input", "learned": 0.05}
+    none, some, many = (lora.plan(large, 4, 2048, pack=pack, **more) for pack in (0, 16, 100))
+    assert many.peak - some.peak == (448 - 64) * 128 * 4 * (4096 + 32)
+    assert 0 < some.peak - none.peak <= 64 * 128 * 4 * (4096 + 32)
+    assert some.recorded
+
+
 def test_on_a_cpu_it_is_the_dry_run(small: Path) -> None:
     plan = lora.plan(small, 2, 50, r=5, device="cpu")
     model = outline(small).config.build().requires_grad_(False)
@@ -273,6 +282,7 @@ def test_the_command_prints_a_table_and_json(large: Path, capsys: pytest.Capture
         ({"length": 1}, "length=1"),
         ({"length": 10_000}, "was built for 256"),
         ({"learned": 0.0}, "learned=0.0"),
+        ({"pack": 51}, "pack=51: how many texts stand in a row of 50 tokens"),
         ({"method": "dora"}, "method='dora'"),
         ({"solve": ("width",)}, "solve='width'"),
         ({"device": "tpu"}, "device='tpu'"),

@@ -2,9 +2,11 @@
 
 A step of an 8B model over 512 tokens launches some 5,000 kernels: 320 ms from Python, 50 ms replayed (LOG.md).  A graph
 serves batches of one shape: the rows' number, their length and the number of learned tokens, both rounded up so that
-batches of like rows share one; what is unused counts 0.  A shape is recorded when it comes the second time.  All graphs
-share their memory, since one runs at a time, and the reused buffers with what is not recorded.  What blocks send to
-the host and fetch again is part of a graph.  Gradients add up in the parameters' .grad, as without a graph.
+batches of like rows share one; what is unused counts 0.  In packed rows the number of documents and the longest of them
+are rounded up too (kernels/documents.py), and their ends are an input like the tokens.  A shape is recorded when it
+comes the second time.  All graphs share their memory, since one runs at a time, and the reused buffers with what is not
+recorded.  What blocks send to the host and fetch again is part of a graph.  Gradients add up in the parameters' .grad,
+as without a graph.
 """
 
 from collections import OrderedDict
@@ -16,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from lora.eval.nll import token_nll
-from lora.kernels.scratch import lent
+from lora.kernels.documents import takes_ragged
+from lora.kernels.scratch import lent, room
 from lora.models.base import CausalLM
 from lora.render import Batch
 
@@ -58,7 +61,8 @@ class _Recorded:
         grads: list[int | None],
     ) -> None:
         self.grads, self.epoch = grads, model.keeping.decoded.epoch
-        self.batch = replace(batch, ids=batch.ids.clone())
+        self.inputs = [t.clone() for t in _inputs(batch)]
+        self.batch = _with(batch, self.inputs)
         self.learned = Learned(*(t.clone() for t in learned))
         self.graph = torch.cuda.CUDAGraph()
         model.keeping.host.settle()
@@ -67,8 +71,7 @@ class _Recorded:
         self.away = list(model.keeping.host.room.values())
 
     def run(self, batch: Batch, learned: Learned) -> tuple[Tensor, Tensor]:
-        self.batch.ids.copy_(batch.ids)
-        for mine, theirs in zip(self.learned, learned, strict=True):
+        for mine, theirs in zip((*self.inputs, *self.learned), (*_inputs(batch), *learned), strict=True):
             mine.copy_(theirs)
         self.graph.replay()
         return self.losses, self.hits
@@ -111,10 +114,10 @@ class Graphs:
         batch = _widened(batch, self.model.config.max_length)
         learned = Learned(batch.at, batch.target, weight, member)
         # unused room counts 0; a batch that is not recorded has it too, so that it gives the same bits as one that is
-        room = _room(batch.target.numel())
-        learned = Learned(*(nn.functional.pad(t, (0, room - t.numel())) for t in learned))
-        key = (*batch.ids.shape, room, members)
-        if RECORD and key in self.seen and _recordable(self.model):
+        n = room(batch.target.numel())
+        learned = Learned(*(nn.functional.pad(t, (0, n - t.numel())) for t in learned))
+        key = (*batch.ids.shape, n, members, *_packed(batch))
+        if RECORD and key in self.seen and _recordable(self.model, batch):
             recorded = self.graphs.get(key)
             # it would add to memory, or read weights from some, that is others' now
             if recorded and (recorded.grads, recorded.epoch) != (self._places(), self.model.keeping.decoded.epoch):
@@ -134,7 +137,7 @@ class Graphs:
 
     def _is_small(self, batch: Batch) -> bool:
         ours = isinstance(self.model, CausalLM)  # whose attention never looks at padding on the right
-        return ours and batch.ids.is_cuda and batch.ids.numel() <= TOKENS and batch.documents is None
+        return ours and batch.ids.is_cuda and batch.ids.numel() <= TOKENS
 
     def _record(self, key: tuple[int, ...], batch: Batch, learned: Learned) -> _Recorded | None:
         """The graph of a new shape; None where its memory does not fit beside what is there."""
@@ -145,35 +148,58 @@ class Graphs:
         torch.cuda.empty_cache()  # a graph has memory of its own: what the step without it used is of no use to it
         device, keeping = batch.ids.device, self.model.keeping
         driver, _ = torch.cuda.mem_get_info(device)
-        free = room = driver + self.held
+        free = on_card = driver + self.held
         if keeping.budget is not None:
             free = min(free, keeping.budget - torch.cuda.memory_allocated(device))
-        if not keeping.graph_fits(batch.ids.numel(), self.model.place()[1].itemsize, free, room):
+        if not keeping.graph_fits(batch.ids.numel(), self.model.place()[1].itemsize, free, on_card):
             return None
         if not self.graphs:  # a pool whose graphs are all gone takes no other
             self.pool = torch.cuda.graph_pool_handle()
         self.stream = self.stream or torch.cuda.Stream(device)
-        self.graphs[key] = _Recorded(self.model, batch, learned, key[-1], self.pool, self.stream, self._places())
+        self.graphs[key] = _Recorded(self.model, batch, learned, key[3], self.pool, self.stream, self._places())
         self.held += max(0, driver - torch.cuda.mem_get_info(device)[0])
         return self.graphs[key]
 
 
-def _recordable(model: Any) -> bool:
+def _recordable(model: Any, batch: Batch) -> bool:
     keeping = getattr(model, "keeping", None)
-    return keeping is not None and keeping.recordable
+    if keeping is None or not keeping.recordable:
+        return False
+    if batch.documents is None:
+        return True
+    model.where(batch.ids, batch.positions, None, batch.documents)  # refuses a document that is too long
+    # else the graph would hold on to the documents of one batch
+    return batch.positions is not None and takes_ragged(*model.place())
+
+
+def _packed(batch: Batch) -> tuple[int, ...]:
+    """The shapes of a batch's documents, where rows are packed."""
+    ragged = batch.documents.ragged if batch.documents else None
+    return (ragged.ends.numel(), ragged.longest) if ragged else ()
+
+
+def _inputs(batch: Batch) -> list[Tensor]:
+    """What a recorded batch reads of one, besides what is learned of it."""
+    ragged = batch.documents.ragged if batch.documents else None
+    return [t for t in (batch.ids, batch.positions, ragged.ends if ragged else None) if t is not None]
+
+
+def _with(batch: Batch, inputs: list[Tensor]) -> Batch:
+    """The batch with these in place of its `_inputs`."""
+    ids, *packed = inputs
+    documents = batch.documents
+    if documents is None or documents.ragged is None:
+        return replace(batch, ids=ids)
+    positions, ends = packed
+    ragged = documents.ragged._replace(ends=ends)
+    return replace(batch, ids=ids, positions=positions, documents=replace(documents, ragged=ragged))
 
 
 def _widened(batch: Batch, limit: int) -> Batch:
-    """The batch with its rows padded on the right to one of few lengths."""
+    """The batch with its rows padded on the right to one of few lengths; packed rows are all of one."""
     T = batch.ids.shape[1]
-    more = min(_room(T), limit) - T
-    if more <= 0:
+    more = min(room(T), limit) - T
+    if more <= 0 or batch.documents is not None:
         return batch
     ids, real = (nn.functional.pad(t, (0, more)) for t in (batch.ids, batch.real))
     return replace(batch, ids=ids, real=real, at=batch.at + batch.at // T * more)
-
-
-def _room(n: int) -> int:
-    """Room for n tokens: the next of 1, 1.25, 1.5, 1.75 times a power of two, or of the multiples of 16."""
-    step = max(16, 1 << max(0, (n - 1).bit_length() - 3))
-    return -(-n // step) * step

@@ -130,7 +130,7 @@ def plan(
     device: str = "auto",
     card: str | Card | None = None,
     learned: float = 1.0,
-    pack: bool = False,
+    pack: int = 0,
     recompute: bool = False,
     optim_bits: int = 32,
     keep: str | None = None,
@@ -147,7 +147,7 @@ def plan(
         device: "cuda" or "cpu"; "auto" is the GPU when there is one or a card is named
         card: a card, or its name (lora.train.ceilings.CARDS); None measures this machine, a second's work
         learned: share of the tokens that are learned from: their logits alone are made
-        pack: rows of several texts, which run without CUDA graphs
+        pack: texts in each row, where rows are packed: attention takes some room for each
         recompute, optim_bits: as in TrainConfig
         keep: what every block keeps, a word of fused.KEEPS; None lets memory decide, as a run does
         solve: of "batch", "length", "rank": the largest that fits, the others as given
@@ -161,6 +161,8 @@ def plan(
         raise ValueError(f"length={length}: a row of one token has nothing to predict")
     if not 0 < learned <= 1:
         raise ValueError(f"learned={learned!r}: a share above 0, at most 1")
+    if not isinstance(pack, int) or not 0 <= pack <= length:
+        raise ValueError(f"pack={pack!r}: how many texts stand in a row of {length} tokens, 0 where it is not packed")
     unknown = [key for key in solve if key not in SOLVE]
     if unknown:
         raise ValueError(f"solve={unknown[0]!r}: one of {', '.join(SOLVE)}")

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lora.config import LoRAConfig
+from lora.kernels.scratch import room
 from lora.layer import adapted
 from lora.models.budget import (
     CUBLAS,
@@ -53,7 +54,7 @@ class Setup:
     room: int | None  # bytes for tensors, whatever the budget; None is `limit`
     host: int | None  # bytes that may be pinned on the host; None is not known
     learned: float
-    pack: bool
+    pack: int  # texts a row, 0 where rows are not packed
     recompute: bool
     bits: int
     keep: str | None
@@ -160,7 +161,8 @@ class Planner:
         return self.found[key]
 
     def _account(self, facts: Facts, batch: int, length: int) -> Found:
-        s, w, i, M = self.s, facts.widths, facts.itemsize, batch * length
+        s, i, M = self.s, facts.itemsize, batch * length
+        w = facts.widths._replace(documents=room(batch * s.pack) if s.pack else 0)
         n, learned = facts.trained, _learned(s.learned, batch, length)
         states = 8 * n if s.bits == 32 else 2 * (n + 4 * -(-n // 256)) + 4096
         base = facts.weights4 + facts.dense + 8 * n + states + CUBLAS
@@ -169,9 +171,9 @@ class Planner:
         else:
             keep = keep_on_gpu(w, M, i, s.limit - base - CUBLAS, learned, s.host)
         a = account(w, keep, M, i, learned)
-        free, room = (limit - base - CUBLAS for limit in (s.limit, s.room or s.limit))
-        decoded = blocks_decoded(w, keep, M, i, free, room) if s.keep is None else 0
-        small = graph.RECORD and M <= graph.TOKENS and not s.pack
+        free, on_card = (limit - base - CUBLAS for limit in (s.limit, s.room or s.limit))
+        decoded = blocks_decoded(w, keep, M, i, free, on_card) if s.keep is None else 0
+        small = graph.RECORD and M <= graph.TOKENS
         there = base + a.reused + decoded * decoded_bytes(w, i)
         recorded = small and graph_fits(w, keep, M, i, s.limit - there, (s.room or s.limit) - there)
         chunk = a.chunk if a.moment == "head" else 0

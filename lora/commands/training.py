@@ -238,7 +238,7 @@ def _plan_arguments() -> ArgumentParser:
     p.add_argument("--length", type=int, default=2048, help="tokens of each")
     p.add_argument("--budget", type=str | None, default=None, help="what tensors may take, 24GiB say; the machine's")
     p.add_argument("--learned", type=float, default=1.0, help="share of the tokens that are learned from")
-    p.add_argument("--pack", type=bool, default=False, help="rows of several texts")
+    p.add_argument("--pack", type=int, default=0, help="texts in each row, where rows are packed")
     p.add_argument("--recompute", type=bool, default=False, help="as in train")
     p.add_argument("--optim_bits", type=int, default=32, help="of each of AdamW's two moments: 32 or 8")
     p.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="dense weights")

@@ -219,7 +219,7 @@ def seen(
         return causal_mask(T, used, padding, device, window)
     if padding is not None:
         raise ValueError("packed documents and a padding mask were given together; padding is a document of its own")
-    return documents.within(window)
+    return documents.on(device).within(window)
 
 
 def attention(
@@ -236,7 +236,9 @@ def attention(
     `scale` defaults to D ** -0.5; `softcap` squeezes the scores into ±softcap by tanh before the mask.
     """
     if isinstance(mask, Documents):
-        return document_attention(q, k, v, mask.lengths, window=mask.window, scale=scale, softcap=softcap)
+        return document_attention(
+            q, k, v, mask.lengths, ragged=mask.ragged, window=mask.window, scale=scale, softcap=softcap
+        )
     groups = q.shape[1] // k.shape[1]
     if on_gpu(q) and softcap is None and mask is None:
         with sdpa_kernel(backends(), set_priority=True):

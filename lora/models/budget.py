@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from lora.kernels.cross_entropy import chunk_rows
+from lora.kernels.documents import BLOCK
 from lora.kernels.fold import ROOM
 from lora.kernels.fold8 import room8
 from lora.kernels.scratch import mine
@@ -51,6 +52,7 @@ class Widths(NamedTuple):
     biased: tuple[bool, ...] = (False, False, False, False)
     turned: int = 0  # q and k behind norms of their own, where they have them
     behind: bool = False  # norms behind W_o and W_d
+    documents: int = 0  # of a batch of packed rows
 
     @property
     def own(self) -> int:
@@ -132,9 +134,12 @@ def reused_bytes(w: Widths, M: int, itemsize: int) -> int:
 
 
 def attention_bytes(w: Widths, M: int, itemsize: int) -> int:
-    """Of attention's backward, inside cuDNN: dq in float32, and dk and dv of each query head before they are summed."""
-    grouped = w.qkv < 3 * w.attended
-    return M * (4 * w.attended + 2 * itemsize * w.attended * grouped + 4 * w.heads)
+    """Of attention's backward, inside cuDNN: dq in float32, and dk and dv of each query head before they are summed.
+
+    In packed rows flash attention takes as much, and has room for a block of queries more for each document.
+    """
+    grouped, rows = w.qkv < 3 * w.attended, M + BLOCK * w.documents
+    return 4 * rows * (w.attended + w.heads) + 2 * M * itemsize * w.attended * grouped
 
 
 def _forward_bytes(w: Widths, keep: str, M: int, itemsize: int) -> int:
@@ -297,6 +302,14 @@ def free_bytes(device: torch.device, limit: int | None = None) -> int:
     return free if limit is None else min(free, limit - allocated)
 
 
+class Chosen(NamedTuple):
+    """What blocks keep, and the largest step that it was chosen for."""
+
+    tokens: int = 0
+    documents: int = 0
+    keep: Sequence[str] = ()
+
+
 class Keeping:
     """What the blocks of one model keep, as its user wishes or as memory allows.
 
@@ -318,31 +331,34 @@ class Keeping:
         self.compute, self.said = "bf16", ""
         self.scales8: dict[Any, tuple[float, Tensor]] = {}
         self.host, self.decoded = Host(), Decoded()
-        self.chosen: tuple[int, list[str]] = (0, [])  # tokens of the largest step so far, and what goes with it
+        self.chosen = Chosen()
 
     @property
     def widths(self) -> Widths:
-        return widths_of(self.config, self.model)
+        return widths_of(self.config, self.model)._replace(documents=self.chosen.documents)
 
-    def choose(self, x: Tensor) -> list[str]:
-        """What each block keeps of a step over the states x (B, T, d); decided anew only for a larger step."""
+    def choose(self, x: Tensor, documents: int = 0) -> Sequence[str]:
+        """What each block keeps of a step over the states x (B, T, d), of so many documents where rows are packed;
+        decided anew only for a larger step."""
         tokens, blocks = x.shape[0] * x.shape[1], self.config.num_layers
         if isinstance(self.keep, list):
             return self.keep
         if self.keep is not None or not x.is_cuda:
             return [self.keep or "all"] * blocks
-        if tokens > self.chosen[0]:
+        known = self.chosen
+        if tokens > known.tokens or documents > known.documents:
             self.forget()
-            w = self.widths
+            tokens, documents = max(tokens, known.tokens), max(documents, known.documents)
+            w = self.widths._replace(documents=documents)
             keep = self.within(w, tokens, x)
-            self.chosen = tokens, keep
+            self.chosen = Chosen(tokens, documents, keep)
             eights = self.compute == "fp8"
             self.decoded.blocks = blocks_decoded(w, keep, tokens, x.element_size(), *self._free(x), eights)
-        return self.chosen[1]
+        return self.chosen.keep
 
     def forget(self) -> None:
         """What was chosen is chosen anew by the next step; weights that stay decoded give their memory back."""
-        self.chosen = 0, []
+        self.chosen = Chosen()
         self.decoded.clear()
 
     def _free(self, x: Tensor) -> tuple[int, int]:
@@ -372,7 +388,7 @@ class Keeping:
     def graph_fits(self, tokens: int, itemsize: int, free: int, room: int) -> bool:
         """`graph_fits` of the last step, over so many tokens."""
         w = self.widths
-        words = self.keep if isinstance(self.keep, list) else [self.keep] * w.blocks if self.keep else self.chosen[1]
+        words = self.keep if isinstance(self.keep, list) else [self.keep] * w.blocks if self.keep else self.chosen.keep
         return graph_fits(w, words or ["all"] * w.blocks, tokens, itemsize, free, room)
 
 

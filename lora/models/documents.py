@@ -1,9 +1,11 @@
 """Documents: which tokens of a packed batch belong together. They share neither attention nor positions."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
+
+from lora.kernels.documents import Ragged, ragged_of
 
 
 @dataclass(frozen=True)
@@ -12,11 +14,12 @@ class Documents:
 
     `lengths[b]` are those of row b and sum to T; padding, at either end, is of documents too, none longer than the
     longest text: every token sees at least itself, and no position is one that no text has.  `window`, where given,
-    is how many keys of its own document a token sees, itself counted.
+    is how many keys of its own document a token sees, itself counted.  `ragged` is what a GPU is told of them.
     """
 
     lengths: tuple[tuple[int, ...], ...]
     window: int | None = None
+    ragged: Ragged | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         sums = {sum(row) for row in self.lengths}
@@ -32,6 +35,12 @@ class Documents:
     def within(self, window: int | None) -> "Documents":
         return replace(self, window=window)
 
+    def on(self, device: torch.device) -> "Documents":
+        """The documents of a batch on a device; to a GPU goes what it is told, once for all layers."""
+        if device.type != "cuda" or self.ragged is not None:
+            return self
+        return replace(self, ragged=ragged_of(self.lengths, device))
+
     def positions(self, device: torch.device | str = "cpu") -> Tensor:
         """Positions (B, T) int64, from 0 in each document."""
         return torch.tensor([[i for n in row for i in range(n)] for row in self.lengths], device=device)
@@ -39,9 +48,3 @@ class Documents:
     def numbers(self, device: torch.device | str = "cpu") -> Tensor:
         """The place in its row of each token's document, (B, T) int64."""
         return torch.tensor([[d for d, n in enumerate(row) for _ in range(n)] for row in self.lengths], device=device)
-
-    def cu_seqlens(self, device: torch.device | str = "cpu") -> Tensor:
-        """Where the documents begin in the flattened (B * T), and its end, (documents + 1,) int32: as flash-attention
-        and its kin take them."""
-        ends = torch.tensor([n for row in self.lengths for n in row], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-        return torch.cat((torch.zeros(1, dtype=torch.int32), ends)).to(device)

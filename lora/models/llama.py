@@ -160,7 +160,7 @@ def inverse_frequencies(dim: int, theta: float, s: dict[str, Any] | None) -> Ten
 
 
 @functools.lru_cache(maxsize=32)
-def _moved(values: tuple[float, ...], device: torch.device) -> Tensor:
+def moved(values: tuple[float, ...], device: torch.device) -> Tensor:
     """Float32 values on a device, copied there once: a copy from the host would stop it at every step."""
     return torch.tensor(values, dtype=torch.float32, device=device)
 
@@ -171,7 +171,7 @@ def rotation(positions: Tensor, inv_freq: Tensor, dtype: torch.dtype, factor: fl
     inv_freq is (D / 2,), or (B or 1, 1, D / 2) where rows differ.
     """
     if inv_freq.dim() == 1 and inv_freq.device != positions.device:
-        inv_freq = _moved(tuple(inv_freq.tolist()), positions.device)
+        inv_freq = moved(tuple(inv_freq.tolist()), positions.device)
     angle = positions[:, :, None].float() * inv_freq
     cos, sin = angle.cos(), angle.sin()
     if factor != 1.0:

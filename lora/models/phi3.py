@@ -24,6 +24,7 @@ from lora.models.llama import (
     Rotation,
     activation,
     inverse_frequencies,
+    moved,
     rotation,
 )
 
@@ -76,7 +77,7 @@ class Phi3Config(LlamaConfig):
         if s is None or s["rope_type"] != "longrope":
             return [rotation(positions, inverse_frequencies(dim, self.rope_theta, s), dtype)]
         long = positions.amax(dim=1, keepdim=True) >= self.original_length  # (B or 1, 1): by the row's own length
-        short, far = (torch.tensor(s[key], device=positions.device) for key in ("short_factor", "long_factor"))
+        short, far = (moved(tuple(s[key]), positions.device) for key in ("short_factor", "long_factor"))
         power = torch.arange(0, dim, 2, dtype=torch.float32, device=positions.device) / dim
         inv = 1.0 / (torch.where(long, far, short) * self.rope_theta**power)[:, None]  # (B or 1, 1, dim / 2)
         stretch = self.max_length / self.original_length

@@ -22,6 +22,7 @@ from lora.kernels.weight8 import weight_scale
 from lora.layer import LoRALinear, is_hooked
 from lora.models.base import Mask, attention
 from lora.models.budget import Keeping
+from lora.models.documents import Documents
 from lora.models.host import Host
 from lora.quant.linear import Linear4bit
 
@@ -160,7 +161,8 @@ def read(
         raise Plain("only part of a head turns")
     found = parts_of(model, x, Seed(x.device) if keeping.compute == "bf16" else None)
     eights = _eights([groups for _, groups in found], x, keeping)
-    keep = keeping.choose(x)
+    ragged = [mask.ragged for mask in masks.values() if isinstance(mask, Documents) and mask.ragged]
+    keep = keeping.choose(x, max((r.ends.numel() - 1 for r in ragged), default=0))
     heads = (c.num_heads, c.num_kv_heads, c.head_dim)
     gelu = hasattr(layers[0], "pre_feedforward_layernorm")
     specs = []
