@@ -21,7 +21,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Marks what a GPU shows more of: `make gpu` runs it."""
     for item in items:
         values = item.callspec.params.values() if hasattr(item, "callspec") else ()
-        if {"gpu", "triton_device"} & set(getattr(item, "fixturenames", ())) or "triton" in map(str, values):
+        reasons = [mark.kwargs.get("reason", "") for mark in item.iter_markers("skipif")]
+        named = {"gpu", "triton_device"} & set(getattr(item, "fixturenames", ()))
+        if named or "triton" in map(str, values) or any(reason.startswith("needs a GPU") for reason in reasons):
             item.add_marker("gpu")
 
 
