@@ -140,24 +140,6 @@ def test_packed_rows_of_other_documents_run_in_one_graph(keep: str | None, monke
 
 
 @on_gpu
-@pytest.mark.parametrize(("keep", "parts"), [("all", 3), ("input", 3), ("host", 1)])
-def test_a_batch_is_several_graphs_where_nothing_is_under_way_to_the_host(
-    keep: str, parts: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("lora.train.graph.RECORD", True)
-    model = small(keep, layers=6)
-    graphs = Graphs(model)
-    for seed in range(5):
-        want, gradients = plain(model, batch(seed), 9)
-        model.zero_grad(set_to_none=False)
-        assert float(graphs.run(batch(seed), 9)[0]) == pytest.approx(want, rel=1e-5)
-        for k, p in model.named_parameters():
-            if p.requires_grad:
-                torch.testing.assert_close(p.grad, gradients[k], rtol=1e-3, atol=1e-5)
-    assert [len(recorded.parts) for recorded in graphs.graphs.values()] == [parts]
-
-
-@on_gpu
 def test_documents_that_a_graph_would_hold_on_to_are_not_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
     """In float32 no kernel reads where they end from memory."""
     monkeypatch.setattr("lora.train.graph.RECORD", True)

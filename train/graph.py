@@ -7,12 +7,8 @@ are rounded up too (kernels/documents.py), and their ends are an input like the 
 comes the second time.  All graphs share their memory, since one runs at a time, and the reused buffers with what is not
 recorded.  What blocks send to the host and fetch again is part of a graph.  Gradients add up in the parameters' .grad,
 as without a graph.
-
-The host takes 1.3 us to launch each kernel of a graph, 4 ms for one of an 8B model, and the GPU waits that long.  So a
-batch is several graphs, each some times as large as the one before: the GPU runs one while the next is launched.
 """
 
-import gc
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -29,7 +25,6 @@ from lora.render import Batch
 
 TOKENS = 8192  # of a batch, up to which launches matter: 2.7 % of a step at 8192 tokens of an 8B model
 RECORD = True  # False runs every batch kernel by kernel
-CUTS = (0, 4, 16, 64)  # a graph ends behind these blocks: a kernel runs some nine times as long as its launch takes
 SHAPES = 16  # graphs held at once: a kernel of one takes a few KB of the card
 
 
@@ -69,35 +64,16 @@ class _Recorded:
         self.inputs = [t.clone() for t in _inputs(batch)]
         self.batch = _with(batch, self.inputs)
         self.learned = Learned(*(t.clone() for t in learned))
-        self.pool, self.parts = pool, list[Any]()
-        self.keeping = model.keeping
-        self.keeping.host.settle()
-        torch.cuda.synchronize()
-        gc.collect()  # nothing may be freed while a graph is recorded, and what is free serves it
-        torch.cuda.empty_cache()
-        with lent(stream) as self.buffers, torch.cuda.stream(stream), self.keeping.told(self._passed):
-            self._begin()
-            try:
-                self.losses, self.hits = member_losses(model, self.batch, self.learned, members)
-            finally:
-                self.parts[-1].capture_end()
-        self.away = list(self.keeping.host.room.values())
-
-    def _begin(self) -> None:
-        self.parts.append(torch.cuda.CUDAGraph())
-        self.parts[-1].capture_begin(pool=self.pool)
-
-    def _passed(self, block: int) -> None:
-        """The next graph begins behind some blocks, unless what one sends to the host is still under way."""
-        if block in CUTS and not self.keeping.host.leaving:
-            self.parts[-1].capture_end()
-            self._begin()
+        self.graph = torch.cuda.CUDAGraph()
+        model.keeping.host.settle()
+        with lent(stream) as self.buffers, torch.cuda.graph(self.graph, pool=pool, stream=stream):
+            self.losses, self.hits = member_losses(model, self.batch, self.learned, members)
+        self.away = list(model.keeping.host.room.values())
 
     def run(self, batch: Batch, learned: Learned) -> tuple[Tensor, Tensor]:
         for mine, theirs in zip((*self.inputs, *self.learned), (*_inputs(batch), *learned), strict=True):
             mine.copy_(theirs)
-        for part in self.parts:
-            part.replay()
+        self.graph.replay()
         return self.losses, self.hits
 
 
@@ -169,7 +145,7 @@ class Graphs:
             return None
         if len(self.graphs) == SHAPES:
             self.graphs.popitem(last=False)
-        torch.cuda.empty_cache()  # what the step without it used is of no use to a graph, which has memory of its own
+        torch.cuda.empty_cache()  # a graph has memory of its own: what the step without it used is of no use to it
         device, keeping = batch.ids.device, self.model.keeping
         driver, _ = torch.cuda.mem_get_info(device)
         free = on_card = driver + self.held

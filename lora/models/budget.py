@@ -12,8 +12,7 @@ Source: read off fused.py and fold.py; held to a dry run by the tests, to measur
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -303,10 +302,6 @@ def free_bytes(device: torch.device, limit: int | None = None) -> int:
     return free if limit is None else min(free, limit - allocated)
 
 
-def _nothing(block: int) -> None:
-    pass
-
-
 class Chosen(NamedTuple):
     """What blocks keep, and the largest step that it was chosen for."""
 
@@ -326,7 +321,6 @@ class Keeping:
         said: how the last step's blocks ran, and why; "" before the first
         scales8: scales of weights in 8 bits
         decoded: weights that stay decoded from step to step
-        passed: called with the number of each block that has run forward
     """
 
     def __init__(self, config: Any, model: Any = None) -> None:
@@ -338,20 +332,10 @@ class Keeping:
         self.scales8: dict[Any, tuple[float, Tensor]] = {}
         self.host, self.decoded = Host(), Decoded()
         self.chosen = Chosen()
-        self.passed: Callable[[int], None] = _nothing
 
     @property
     def widths(self) -> Widths:
         return widths_of(self.config, self.model)._replace(documents=self.chosen.documents)
-
-    @contextmanager
-    def told(self, passed: Callable[[int], None]) -> Iterator[None]:
-        """Inside, `passed` is called."""
-        self.passed = passed
-        try:
-            yield
-        finally:
-            self.passed = _nothing
 
     def choose(self, x: Tensor, documents: int = 0) -> Sequence[str]:
         """What each block keeps of a step over the states x (B, T, d), of so many documents where rows are packed;

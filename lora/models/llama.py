@@ -331,7 +331,6 @@ class Llama(CausalLM):
             if specs is not None:
                 cos, sin = turns[c.rope_of(i)]
                 x = fused.block(x, cos, sin, specs[i], i)
-                self.keeping.passed(i)
             elif leans is not None:
                 x = lean.block(x, tables[c.rope_of(i)], leans[i])
             else:
