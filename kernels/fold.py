@@ -17,14 +17,13 @@ s is a power of two.  In 16 bits on a GPU T is made while the input is written (
 Source: LoRA, arXiv:2106.09685, section 4.1.
 """
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lora.kernels import thin
-from lora.kernels.code4 import Weight4, dequantize4
+from lora.kernels.code4 import Weight4
 from lora.kernels.dropout import Drop, dropped, dropped_copy
 from lora.kernels.gate import gate_forward
 from lora.kernels.lay import fringe, lay
@@ -33,6 +32,7 @@ from lora.kernels.pair import pair, takes
 from lora.kernels.scratch import scratch
 from lora.kernels.side import diagonal, joined, rounded
 from lora.kernels.side import spread as spread_part
+from lora.kernels.unpack import decode
 
 ROOM = 64  # the added columns are a multiple of it, so that rows begin on 128 bytes and products get whole tiles
 
@@ -139,22 +139,6 @@ def _spread_parts(group: Group, out: Tensor) -> None:
 def _runs(group: Group, x: Tensor) -> Tensor:
     """Rows (M, ...) as the parts' (k, M / k, ...)."""
     return x.unflatten(0, (group.parts, -1))
-
-
-def decode(weights: Sequence[Weight4 | Tensor], out: Tensor) -> None:
-    """The weights one under the other into `out` (Σ N, K), whose rows may lie apart."""
-    row = 0
-    for w in weights:
-        n, K = w.shape
-        part = out[row : row + n]
-        if isinstance(w, Weight4):
-            if K % 2:
-                part.copy_(dequantize4(w.q, w.scales, w.table, w.block, n * K, out.dtype).view(n, K))
-            else:
-                dequantize4(w.q, w.scales, w.table, w.block, n * K, out.dtype, out=part)
-        else:
-            part.copy_(w.detach())
-        row += n
 
 
 def _low(group: Group, x: Tensor, a: Tensor | None) -> Tensor:

@@ -132,6 +132,33 @@ def _factor(ptr, row, end, stride_m, r, R: tl.constexpr):
 
 
 @triton.jit
+def _store_sums(
+    ptr,  # (r_v, F) of da, (F, r_g) of db of g, (F, r_u) of db of u, one behind the other
+    F,
+    col,  # (COLS,)
+    da,  # (COLS, R), as the next two
+    dbg,
+    dbu,
+    r_v,
+    r_g,
+    r_u,
+    V: tl.constexpr,
+    TG: tl.constexpr,
+    TU: tl.constexpr,
+    R: tl.constexpr,
+):
+    """What is summed over the rows of a part; stored where V, TG, TU say that it is."""
+    rank = tl.arange(0, R)[None, :]
+    col = col[:, None]
+    if V:
+        tl.store(ptr + rank * F + col, da, mask=(col < F) & (rank < r_v))
+    if TG:
+        tl.store(ptr + F * r_v + col * r_g + rank, dbg, mask=(col < F) & (rank < r_g))
+    if TU:
+        tl.store(ptr + F * (r_v + r_g) + col * r_u + rank, dbu, mask=(col < F) & (rank < r_u))
+
+
+@triton.jit
 def _backward_kernel(
     dh_ptr,  # (M, F), becomes h with H
     g_ptr,  # (M, F), becomes dg
@@ -139,7 +166,7 @@ def _backward_kernel(
     v_ptr,  # (M, r_v), read only with V, as the next two with T
     tg_ptr,  # (M, r_g)
     tu_ptr,  # (M, r_u)
-    sums_ptr,  # (parts, F (r_v + r_g + r_u)) f32: (r_v, F) of da, (F, r_g) of db of g, (F, r_u) of db of u
+    sums_ptr,  # (parts, F (r_v + r_g + r_u)) f32, each part as `_store_sums` has it
     run,  # rows that are summed together
     share,  # programs that share a run and a column
     F,
@@ -199,15 +226,7 @@ def _backward_kernel(
         if TU:
             t = _factor(tu_ptr, row, end, tu_stride_m, r_u, R).to(dtype)
             dbu = tl.dot(tl.trans(du), t, dbu, input_precision=PRECISION)
-    rank = tl.arange(0, R)[None, :]
-    col = col[:, None]
-    sums_ptr += part * F * (r_v + r_g + r_u)
-    if V:
-        tl.store(sums_ptr + rank * F + col, da, mask=(col < F) & (rank < r_v))
-    if TG:
-        tl.store(sums_ptr + F * r_v + col * r_g + rank, dbg, mask=(col < F) & (rank < r_g))
-    if TU:
-        tl.store(sums_ptr + F * (r_v + r_g) + col * r_u + rank, dbu, mask=(col < F) & (rank < r_u))
+    _store_sums(sums_ptr + part * F * (r_v + r_g + r_u), F, col, da, dbg, dbu, r_v, r_g, r_u, V, TG, TU, R)
 
 
 # ---- launch ----

@@ -19,7 +19,7 @@ from torch import Tensor
 from lora.kernels._triton import tl, triton
 from lora.kernels.dispatch import INTERPRETED, use_triton
 from lora.kernels.fp8 import TINY, TOP, to_f8
-from lora.kernels.gate import _backward_ref, _factor, _unit
+from lora.kernels.gate import _backward_ref, _factor, _store_sums, _unit
 from lora.kernels.op import op
 
 BY_ROWS, BY_COLS = (64, 64, 4, 3), (32, 64, 2, 3)  # rows, columns, warps and stages of the passes
@@ -147,7 +147,7 @@ def _cols_kernel(
     v_ptr,  # (M, r_v), read only with V, as the next two with T
     tg_ptr,  # (M, r_g)
     tu_ptr,  # (M, r_u)
-    sums_ptr,  # (parts, size) f32: (r_v, F), (F, r_g) and (F, r_u) one behind the other
+    sums_ptr,  # (parts, size) f32, each part as gate.py's `_store_sums` has it
     M,
     F,
     steps,  # blocks of ROWS rows a program
@@ -200,15 +200,7 @@ def _cols_kernel(
         if TU:
             t = _factor(tu_ptr, row, M, tu_stride_m, r_u, R).to(dtype)
             dbu = tl.dot(tl.trans(du.to(dtype)), t, dbu, input_precision=PRECISION)
-    rank = tl.arange(0, R)[None, :]
-    col = col[:, None]
-    sums_at = sums_ptr + part * size
-    if V:
-        tl.store(sums_at + rank * F + col, da, mask=(col < F) & (rank < r_v))
-    if TG:
-        tl.store(sums_at + r_v * F + col * r_g + rank, dbg, mask=(col < F) & (rank < r_g))
-    if TU:
-        tl.store(sums_at + (r_v + r_g) * F + col * r_u + rank, dbu, mask=(col < F) & (rank < r_u))
+    _store_sums(sums_ptr + part * size, F, col, da, dbg, dbu, r_v, r_g, r_u, V, TG, TU, R)
 
 
 # ---- launch ----

@@ -1,4 +1,4 @@
-"""What layers that read one input share: their 4-bit weights decoded under one another, their columns side by side."""
+"""What layers that read one input share: their weights decoded one under the other, their columns side by side."""
 
 from collections.abc import Sequence
 
@@ -9,20 +9,28 @@ from lora.kernels.code4 import Weight4, dequantize4
 from lora.kernels.scratch import scratch
 
 
+def decode(weights: Sequence[Weight4 | Tensor], out: Tensor) -> None:
+    """The weights, in 4 bits or not, one under the other into `out` (Σ N, K), whose rows may lie apart."""
+    row = 0
+    for w in weights:
+        n, K = w.shape
+        part = out[row : row + n]
+        if not isinstance(w, Weight4):
+            part.copy_(w.detach())
+        elif K % 2:  # a pair of values is written at a time
+            part.copy_(dequantize4(w.q, w.scales, w.table, w.block, n * K, out.dtype).view(n, K))
+        else:  # end to end there is no row to be found for a value
+            place = part.view(-1) if part.is_contiguous() else part
+            dequantize4(w.q, w.scales, w.table, w.block, n * K, out.dtype, out=place)
+        row += n
+
+
 def unpack(weights: Sequence[Weight4], like: Tensor) -> Tensor:
     """The weights (Σ N, K) in the dtype of `like`, in the reused buffer: use it before the next call."""
-    K = weights[0].shape[1]
-    N = sum(w.shape[0] for w in weights)
-    buffer = scratch(N * K + 1, like.dtype, like.device, "weight")  # + 1: an odd count ends on half a byte
-    start = 0
-    for q, scales, table, _, block, shape in weights:
-        n = shape[0] * K
-        out = buffer[start:] if start % 2 == 0 else None  # a pair of values is written at a time
-        decoded = dequantize4(q, scales, table, block, n, like.dtype, out=out)
-        if out is None:
-            buffer[start : start + n] = decoded
-        start += n
-    return buffer[: N * K].view(N, K)
+    N, K = sum(w.shape[0] for w in weights), weights[0].shape[1]
+    buffer = scratch(N * K, like.dtype, like.device, "weight").view(N, K)
+    decode(weights, buffer)
+    return buffer
 
 
 def joined(parts: Sequence[Tensor]) -> Tensor:

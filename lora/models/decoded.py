@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora.kernels import fold, fold8
+from lora.kernels import fold8
 from lora.kernels.fold import Group
 from lora.kernels.fold8 import Eight
 from lora.kernels.fp8 import F8
 from lora.kernels.linear4 import Weight4
+from lora.kernels.unpack import decode
 
 
 @dataclass
@@ -52,7 +53,7 @@ class Decoded:
         N, K, room = sum(group.sizes), group.K, group.room
 
         def fill(buffers: tuple[Tensor, ...]) -> None:
-            fold.decode(group.weights, buffers[0][:N, :K])
+            decode(group.weights, buffers[0][:N, :K])
 
         found = self._find((block, which), group, dtype, ((N + room, K + room),), fill)
         return group if found is None else group._replace(decoded=found[0])
