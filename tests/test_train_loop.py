@@ -15,6 +15,7 @@ from torch import nn
 
 import lora
 from lora.models import llama
+from lora.models.budget import Chosen
 from lora.models.llama import Llama
 from lora.models.tokenizer import Tokenizer
 from lora.render import render
@@ -339,9 +340,9 @@ def test_a_budget_is_for_a_gpu(stories: Path, tmp_path: Path) -> None:
 def test_an_earlier_run_leaves_no_budget_behind(stories: Path) -> None:
     """Nor what its blocks kept: that went with its budget and its adapter."""
     model, tokenizer = fresh(stories)
-    model.keeping.budget, model.keeping.chosen = 2**30, (8192, ["host"] * 5)
+    model.keeping.budget, model.keeping.chosen = 2**30, Chosen(8192, 0, ["host"] * 5)
     lora.fit(model, tokenizer, rows(), config=quiet(max_steps=1))
-    assert model.keeping.budget is None and model.keeping.chosen == (0, [])
+    assert model.keeping.budget is None and model.keeping.chosen == Chosen()
 
 
 def test_blocks_run_fused_without_a_flag_and_say_so_once(
