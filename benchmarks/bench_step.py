@@ -97,8 +97,8 @@ def measure(model: Llama, case: Case, steps: int, profile: bool) -> dict:
     clear(model)
     optimizer = optimizer_of(model)
     base = torch.cuda.memory_allocated()
-    seconds = []
-    graphs = Graphs(model)
+    seconds, trained = [], [p for p in model.parameters() if p.requires_grad]
+    graphs = Graphs(model, lambda: [p.grad for p in trained])  # as lora.fit has it
     for _ in range(steps + 3):
         data = batch_of(model, batch, length)
         torch.cuda.synchronize()
