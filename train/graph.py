@@ -10,8 +10,7 @@ as without a graph.
 """
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -46,22 +45,8 @@ def member_losses(model: nn.Module, batch: Batch, learned: Learned, members: int
         sums = [nll.sum()]
     else:  # a sum for each: one that is not finite must not reach the others
         sums = [torch.where(learned.member == i, nll, 0.0).sum() for i in range(members)]
-    with _adding(model):
-        torch.autograd.backward(sums)
+    torch.autograd.backward(sums)
     return torch.stack([loss.detach() for loss in sums]), (hit & (learned.weight > 0)).sum()
-
-
-@contextmanager
-def _adding(model: Any) -> Iterator[None]:
-    """Inside, a backward adds to the gradients of all that trains, and a fused block its factors' in one launch."""
-    keeping = getattr(model, "keeping", None)
-    if keeping is not None:
-        keeping.adds = True
-    try:
-        yield
-    finally:
-        if keeping is not None:
-            keeping.adds = False
 
 
 class _Recorded:
@@ -115,8 +100,7 @@ class Graphs:
         if not self._is_small(batch):
             nll, hit = token_nll(self.model, batch)
             loss = nll.sum() / n
-            with _adding(self.model):
-                loss.backward()
+            loss.backward()
             return loss.detach(), hit.sum()
         weight = torch.full_like(batch.target, 1 / n, dtype=torch.float32)
         losses, hits = self.run_members(batch, weight, torch.zeros_like(batch.target), 1)

@@ -317,7 +317,6 @@ class Keeping:
         keep: a word of `fused.KEEPS` for all blocks, or one for each; None goes by what is free
         budget: bytes that tensors may take on the GPU in all; None is what is free
         recordable: whether the last step ran fused, and so can become a CUDA graph
-        adds: whether the backward under way adds to the gradients of all that trains, as a training step's does
         compute: what the frozen base's products run in, "bf16" for the dtype of the states, or "fp8"
         said: how the last step's blocks ran, and why; "" before the first
         scales8: scales of weights in 8 bits
@@ -328,7 +327,7 @@ class Keeping:
         self.config, self.model = config, model  # adapters come and go on the model
         self.keep: str | list[str] | None = None
         self.budget: int | None = None
-        self.recordable = self.adds = False
+        self.recordable = False
         self.compute, self.said = "bf16", ""
         self.scales8: dict[Any, tuple[float, Tensor]] = {}
         self.host, self.decoded = Host(), Decoded()

@@ -327,27 +327,6 @@ def _backward(
     return dxw, made
 
 
-def _added(params: Sequence[Tensor], grads: Sequence[Tensor]) -> list[Tensor | None]:
-    """Adds gradients to what the parameters have, all in one launch, and gives back those that autograd must see to.
-
-    It does one after the other, and more: it casts, calls hooks, sums what a parameter gets from several places, and
-    leaves a gradient where there was none.
-    """
-    once = len({id(p) for p in params}) == len(params)
-    rest, sums, more = list[Tensor | None](), list[Tensor](), list[Tensor]()
-    for p, g in zip(params, grads, strict=True):
-        there = p.grad if once and p.requires_grad and p.is_leaf else None
-        if there is None or there.dtype != g.dtype or p._backward_hooks or p._post_accumulate_grad_hooks:
-            rest.append(g)
-        else:
-            rest.append(None)
-            sums.append(there)
-            more.append(g)
-    if sums:
-        torch._foreach_add_(sums, more)
-    return rest
-
-
 class _Block(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, cos, sin, spec, layer, *tensors):
@@ -356,15 +335,15 @@ class _Block(torch.autograd.Function):
         flat = x.reshape(B * T, D)
         y, st, ts = _forward(spec, flat, cos, sin, B, T)
         ctx.spec, ctx.layer, ctx.shape, ctx.buffers = spec, layer, (B, T, D), mine()
-        host, away = spec.keeping.host, spec.keep.endswith("host")
+        away = spec.keep.endswith("host")
         keeps_state = spec.keep in ("all", "no_gate", "host")
         if spec.keep != "all":
             st.gu = st.d = None
         ctx.state = st if keeps_state else None
         if away:
-            host.send(layer, flat, st.own() if keeps_state else ())
+            spec.host.send(layer, flat, st.own() if keeps_state else ())
         else:
-            host.settle()
+            spec.host.settle()
         ctx.save_for_backward(None if away else x, cos, sin, *ts)
         return y.view(B, T, D)
 
@@ -373,14 +352,11 @@ class _Block(torch.autograd.Function):
         x, cos, sin, *ts = ctx.saved_tensors
         spec, (B, T, D) = ctx.spec, ctx.shape
         st, ctx.state = ctx.state, None
-        host, rows = spec.keeping.host, torch.Size((B * T, D))
-        flat = host.fetch(ctx.layer, grads[0], rows) if x is None else x.reshape(rows)
+        flat = spec.host.fetch(ctx.layer, grads[0], torch.Size((B * T, D))) if x is None else x.reshape(B * T, D)
         with borrowed(ctx.buffers):
             st = _again(spec, st, flat, cos, sin, B, T, ts)
             through = ctx.needs_input_grad[0]  # the first block's input is the embedding, which is frozen
-            dxw, dfactors = _backward(spec, grads[0].reshape(rows), flat, st, cos, sin, B, T, ts, through)
-            if spec.keeping.adds:
-                dfactors = _added(factors(spec.groups), dfactors)
+            dxw, dfactors = _backward(spec, grads[0].reshape(B * T, D), flat, st, cos, sin, B, T, ts, through)
         _Passed.wide = dxw if ctx.layer else None
         dx = None if dxw is None else dxw[:, :D].unflatten(0, (B, T))
         return (dx, None, None, None, None, *dfactors)

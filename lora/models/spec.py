@@ -23,6 +23,7 @@ from lora.layer import LoRALinear, is_hooked
 from lora.models.base import Mask, attention
 from lora.models.budget import Keeping
 from lora.models.documents import Documents
+from lora.models.host import Host
 from lora.quant.linear import Linear4bit
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q, k, v (B, H, T, D) -> (B, H, T, D)
@@ -47,7 +48,7 @@ class Spec(NamedTuple):
     attend: Attend
     gelu: bool
     keep: str
-    keeping: Keeping
+    host: Host
 
 
 class Plain(Exception):
@@ -173,7 +174,7 @@ def read(
         else:
             pairs = enumerate(zip(groups, eight, strict=True))
             eight = tuple(keeping.decoded.of_8(i, j, group, e) for j, (group, e) in pairs)
-        specs.append(Spec(norms, groups, eight, heads, attend, gelu, word, keeping))
+        specs.append(Spec(norms, groups, eight, heads, attend, gelu, word, keeping.host))
     return specs
 
 
