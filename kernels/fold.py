@@ -82,7 +82,7 @@ class Group(NamedTuple):
 
 
 class Fed(NamedTuple):
-    """A group's input with its T already there."""
+    """A group's input with its T already there, and its factors in the room of `_weights`."""
 
     xw: Tensor  # (M, K + room), all of its columns written
     t: Tensor  # (M, Σ r)
@@ -141,6 +141,12 @@ def _runs(group: Group, x: Tensor) -> Tensor:
     return x.unflatten(0, (group.parts, -1))
 
 
+def _weights(group: Group, like: Tensor) -> Tensor:
+    """Where a forward has the group's weights, with room for B: (Σ N, K + room)."""
+    N = sum(group.sizes)
+    return wide(N, group.K, group.room, like, "weight") if group.decoded is None else group.decoded[:N]
+
+
 def _low(group: Group, x: Tensor, a: Tensor | None) -> Tensor:
     """T (M, Σ r), by parts (k, M / k, Σ r), of the group's input (M, K) and, without parts, its s a (Σ r, K)."""
     if a is None:
@@ -154,10 +160,15 @@ def _low(group: Group, x: Tensor, a: Tensor | None) -> Tensor:
     return t
 
 
-def normed(group: Group, x: Tensor, residual: Tensor | None, w: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """A group's input, with room, from a norm of x (+ residual), (M, K); what was normalised; and r (M, 1)."""
+def normed(
+    group: Group, x: Tensor, residual: Tensor | None, w: Tensor, eps: float, twice: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A group's input, with room, from a norm of x (+ residual), (M, K); what was normalised; and r (M, 1).
+
+    The sum goes into `twice` (M, K) too, where given, which may be the residual.
+    """
     xw = wide(x.shape[0], group.K, group.room, x, "input")
-    _, s, r = rms_norm_forward(x, residual, w, eps, out=xw[:, : group.K])
+    _, s, r = rms_norm_forward(x, residual, w, eps, out=xw[:, : group.K], twice=twice)
     return xw, s, r
 
 
@@ -186,7 +197,7 @@ def _feeds(group: Group, x: Tensor) -> bool:
 
 def _fed(group: Group, g: Tensor, u: Tensor | None, gelu: bool, xw: Tensor) -> Fed:
     a = g.new_empty(sum(group.ranks), group.K)
-    lay_factors(group, a, None, scale_in_a=True)
+    lay_factors(group, a, _weights(group, xw)[:, group.K :], scale_in_a=True)
     return Fed(xw, thin.thin(g, u, a, xw[:, : group.K], xw[:, group.K :], group.biased, gelu))
 
 
@@ -195,29 +206,26 @@ def forward(
 ) -> tuple[Tensor, Tensor | None]:
     """Y (M, Σ N) and T (M, Σ r), by parts (k, M / k, Σ r), of X in the first K columns of xw (M, K + room).
 
-    The other columns of xw are written here, where they are not yet.  `t` is T where it is known already.  `add`
-    (M, Σ N) is added to Y, which goes into `out` where given.
+    The other columns of xw are written here, where they are not yet.  `t` is T where it is known already.  Y is added
+    to `add` (M, Σ N), or goes into `out`, where one is given.
     """
     K, room, R, fed = group.K, group.room, sum(group.ranks), isinstance(xw, Fed)
     if isinstance(xw, Fed):
         xw, t = xw
-    M, N = xw.shape[0], sum(group.sizes)
+    M, N, buffer = xw.shape[0], sum(group.sizes), _weights(group, xw)
     if group.decoded is None:
-        buffer = wide(N, K, room, xw, "weight")
         decode(group.weights, buffer[:, :K])
-    else:
-        buffer = group.decoded[:N]
-    if room:
+    if room and not fed:
         a = xw.new_empty(R, K) if R and t is None and group.parts == 1 else None
         lay_factors(group, a, buffer[:, K:], scale_in_a=True)
         if R and t is None:
             t = _low(group, xw[:, :K], a)
         if group.parts > 1 and t is not None:
             diagonal(xw[:, K:], t, group.biased)
-        elif not fed:
+        else:
             fringe(xw[:, K:], t, group.biased)
     if add is not None:
-        y = torch.addmm(add, xw, buffer.T)
+        y = add.addmm_(xw, buffer.T)
     else:
         out = torch.empty(M, N, dtype=xw.dtype, device=xw.device) if out is None else out
         y = torch.mm(xw, buffer.T, out=out)

@@ -52,6 +52,7 @@ def _forward_kernel(
     w_ptr,  # (D,)
     y_ptr,  # (M, D)
     sum_ptr,  # (M, D) contiguous, written only with ADD
+    twice_ptr,  # (M, D) contiguous, the same once more with TWICE
     r_ptr,  # (M,) f32
     M,
     x_stride_m,
@@ -60,6 +61,7 @@ def _forward_kernel(
     eps,
     D: tl.constexpr,
     ADD: tl.constexpr,
+    TWICE: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -71,6 +73,8 @@ def _forward_kernel(
         residual = tl.load(residual_ptr + row * residual_stride_m + col, mask=mask, other=0.0).to(tl.float32)
         rounded = (x + residual).to(sum_ptr.dtype.element_ty)  # what is normalised is what is given back
         tl.store(sum_ptr + row * D + col, rounded, mask=mask)
+        if TWICE:
+            tl.store(twice_ptr + row * D + col, rounded, mask=mask)
         x = rounded.to(tl.float32)
     r = tl.rsqrt(tl.sum(x * x, axis=1, keep_dims=True) / D + eps)  # (ROWS, 1)
     tl.store(r_ptr + row, r, mask=row < M)
@@ -173,7 +177,12 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _launch_forward(
-    x: Tensor, residual: Tensor | None, w: Tensor, eps: float, out: Tensor | None = None
+    x: Tensor,
+    residual: Tensor | None,
+    w: Tensor,
+    eps: float,
+    out: Tensor | None = None,
+    twice: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     # results are born in their shape: a view out of an autograd function may not be changed in place
     y = torch.empty(x.shape, dtype=torch.promote_types(x.dtype, w.dtype), device=x.device) if out is None else out
@@ -187,8 +196,10 @@ def _launch_forward(
         ROWS, num_warps = forward_tile(BLOCK_D)
         with torch.cuda.device_of(x):  # Triton launches on the current device, not on the tensors'
             _forward_kernel[(-(-M // ROWS),)](
-                x, added, w, y, s, r, M, x.stride(0), added.stride(0), y.stride(-2) if y.dim() > 1 else d, eps,
-                D=d, ADD=residual is not None, ROWS=ROWS, BLOCK_D=BLOCK_D, num_warps=num_warps,
+                x, added, w, y, s, s if twice is None else twice, r, M, x.stride(0), added.stride(0),
+                y.stride(-2) if y.dim() > 1 else d, eps,
+                D=d, ADD=residual is not None, TWICE=twice is not None, ROWS=ROWS, BLOCK_D=BLOCK_D,
+                num_warps=num_warps,
             )  # fmt: skip
     return y, s, r
 
@@ -216,13 +227,17 @@ def _(x: Tensor, residual: Tensor, w: Tensor, eps: float) -> tuple[Tensor, Tenso
     return y, x.new_empty(x.shape), x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
 
 
-@op("lora::rms_norm_into", mutates=("out",))
-def _forward_into_op(x: Tensor, residual: Tensor | None, w: Tensor, eps: float, out: Tensor) -> tuple[Tensor, Tensor]:
-    return _launch_forward(x, residual, w, eps, out)[1:]
+@op("lora::rms_norm_into", mutates=("out", "twice"))
+def _forward_into_op(
+    x: Tensor, residual: Tensor | None, w: Tensor, eps: float, out: Tensor, twice: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    return _launch_forward(x, residual, w, eps, out, twice)[1:]
 
 
 @_forward_into_op.register_fake
-def _(x: Tensor, residual: Tensor | None, w: Tensor, eps: float, out: Tensor) -> tuple[Tensor, Tensor]:
+def _(
+    x: Tensor, residual: Tensor | None, w: Tensor, eps: float, out: Tensor, twice: Tensor | None
+) -> tuple[Tensor, Tensor]:
     s = x.new_empty(x.shape if residual is not None else (0,))
     return s, x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
 
@@ -275,17 +290,32 @@ def _(dy: Tensor, ds: Tensor | None, x: Tensor, w: Tensor, r: Tensor, want_dw: b
 
 
 def rms_norm_forward(
-    x: Tensor, residual: Tensor | None, w: Tensor, eps: float, out: Tensor | None = None
+    x: Tensor,
+    residual: Tensor | None,
+    w: Tensor,
+    eps: float,
+    out: Tensor | None = None,
+    twice: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y, what was normalised (x itself, or x + residual) and r (..., 1) float32, for `rms_norm_backward`.
 
-    y goes into `out` where given: (M, d) for x (M, d), of any row stride.
+    y goes into `out` where given: (M, d) for x (M, d), of any row stride.  With `out` and a residual the sum goes into
+    `twice` (M, d) too, where given, which may be the residual: for a product that adds to it in place.
     """
     d = x.shape[-1]
     if w.shape != (d,):
         raise ValueError(f"RMSNorm over rows of {d} values got a weight {tuple(w.shape)}; it must be ({d},)")
-    if not use_triton(x, w, *(t for t in (residual, out) if t is not None)):
+    if twice is not None and (
+        out is None or residual is None or (twice.shape, twice.dtype) != (x.shape, x.dtype) or not twice.is_contiguous()
+    ):
+        raise ValueError(
+            f"a second sum {tuple(twice.shape)} {twice.dtype} was asked for; it needs a residual, `out`, and the shape "
+            f"and dtype of x, {tuple(x.shape)} {x.dtype}, without gaps"
+        )
+    if not use_triton(x, w, *(t for t in (residual, out, twice) if t is not None)):
         s = x if residual is None else x + residual
+        if twice is not None:
+            twice.copy_(s)
         y, r = _forward_ref(s, w, eps)
         return (y if out is None else out.copy_(y)), s, r
     if d > WIDEST:
@@ -293,7 +323,7 @@ def rms_norm_forward(
     if out is not None:
         if x.dim() != 2 or out.shape != x.shape or out.stride(1) != 1:
             raise ValueError(f"x is {tuple(x.shape)}, out {tuple(out.shape)}; both must be (M, d), out in whole rows")
-        s, r = _forward_into_op(x, residual, w, eps, out)
+        s, r = _forward_into_op(x, residual, w, eps, out, twice)
         return out, x if residual is None else s, r
     if residual is not None:
         return _forward_add_op(x, residual, w, eps)

@@ -54,11 +54,31 @@ def _turn_heads(
 
 
 @triton.jit
+def _copy_heads(
+    x_ptr,  # the row's first head, H heads x_stride_h apart
+    y_ptr,  # likewise, D apart
+    first,  # head
+    H,
+    x_stride_h,
+    D: tl.constexpr,
+    HEADS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    head = first + tl.arange(0, HEADS)[:, None]  # (HEADS, 1)
+    col = tl.arange(0, 2 * BLOCK_D)[None, :]  # (1, 2 BLOCK_D)
+    mask = (head < H) & (col < D)
+    x = tl.load(x_ptr + head.to(tl.int64) * x_stride_h + col, mask=mask, other=0.0)
+    tl.store(y_ptr + head * D + col, x.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def _turn_kernel(
     q_ptr,  # (B, T, H_q, D)
     k_ptr,  # (B, T, H_k, D)
+    v_ptr,  # (B, T, H_k, D), copied
     q_out_ptr,  # heads D apart
     k_out_ptr,
+    v_out_ptr,
     cos_ptr,  # (B or 1, T, D/2)
     sin_ptr,
     T,
@@ -70,12 +90,17 @@ def _turn_kernel(
     k_stride_b,
     k_stride_t,
     k_stride_h,
+    v_stride_b,
+    v_stride_t,
+    v_stride_h,
     q_out_stride,  # of a token
     k_out_stride,
+    v_out_stride,
     cos_stride_b,  # 0 where all of a batch share one table
     cos_stride_t,
     q_blocks,  # blocks of HEADS query heads a row
-    blocks,  # blocks of query and of key heads a row
+    k_blocks,  # and of query and key heads
+    blocks,  # and of all
     D: tl.constexpr,
     BACK: tl.constexpr,
     HEADS: tl.constexpr,
@@ -100,10 +125,15 @@ def _turn_kernel(
             q_ptr + b * q_stride_b + t * q_stride_t, q_out_ptr + row.to(tl.int64) * q_out_stride,
             cos, sin, block * HEADS, H_q, q_stride_h, D, HEADS, BLOCK_D,
         )  # fmt: skip
-    else:
+    elif block < k_blocks:
         _turn_heads(
             k_ptr + b * k_stride_b + t * k_stride_t, k_out_ptr + row.to(tl.int64) * k_out_stride,
             cos, sin, (block - q_blocks) * HEADS, H_k, k_stride_h, D, HEADS, BLOCK_D,
+        )  # fmt: skip
+    else:
+        _copy_heads(
+            v_ptr + b * v_stride_b + t * v_stride_t, v_out_ptr + row.to(tl.int64) * v_out_stride,
+            (block - k_blocks) * HEADS, H_k, v_stride_h, D, HEADS, BLOCK_D,
         )  # fmt: skip
 
 
@@ -118,17 +148,18 @@ def tile(heads: int, block_d: int) -> tuple[int, int]:
 def _launch(xs: list[Tensor], ys: list[Tensor], cos: Tensor, sin: Tensor, back: bool) -> None:
     B, T, _, D = xs[0].shape
     BLOCK_D = triton.next_power_of_2(D // 2)
-    q, k, q_out, k_out = xs[0], xs[-1], ys[0], ys[-1]
+    (q, k, v), (q_out, k_out, v_out) = ([*ts, *ts[-1:] * (3 - len(ts))] for ts in (xs, ys))
     H_q, H_k = q.shape[2], k.shape[2]
     HEADS, num_warps = tile(max(H_q, H_k), BLOCK_D)
-    q_blocks = -(-H_q // HEADS)
-    blocks = q_blocks + (-(-H_k // HEADS) if len(xs) == 2 else 0)
+    q_blocks, more = -(-H_q // HEADS), -(-H_k // HEADS)
+    k_blocks = q_blocks + (more if len(xs) > 1 else 0)
+    blocks = k_blocks + (more if len(xs) > 2 else 0)
     if B * T * blocks:
         with torch.cuda.device_of(q):  # Triton launches on the current device, not on the tensors'
             _turn_kernel[(B * T * blocks,)](
-                q, k, q_out, k_out, cos, sin, T, H_q, H_k, *q.stride()[:3], *k.stride()[:3],
-                q_out.stride(1), k_out.stride(1),
-                cos.stride(0) if cos.shape[0] > 1 else 0, cos.stride(1), q_blocks, blocks,
+                q, k, v, q_out, k_out, v_out, cos, sin, T, H_q, H_k, *q.stride()[:3], *k.stride()[:3],
+                *v.stride()[:3], q_out.stride(1), k_out.stride(1), v_out.stride(1),
+                cos.stride(0) if cos.shape[0] > 1 else 0, cos.stride(1), q_blocks, k_blocks, blocks,
                 D=D, BACK=back, HEADS=HEADS, BLOCK_D=BLOCK_D, num_warps=num_warps,
             )  # fmt: skip
 
@@ -170,24 +201,36 @@ def _check(xs: tuple[Tensor, ...], cos: Tensor, sin: Tensor) -> None:
 
 
 def turn_into(
-    xs: tuple[Tensor, Tensor], ys: tuple[Tensor, Tensor], cos: Tensor, sin: Tensor, back: bool = False
+    xs: tuple[Tensor, Tensor],
+    ys: tuple[Tensor, Tensor],
+    cos: Tensor,
+    sin: Tensor,
+    back: bool = False,
+    beside: tuple[Tensor, Tensor] | None = None,
 ) -> None:
     """Queries and keys turned, or turned back, into `ys`, which may be `xs` themselves.  No gradient.
 
     A token's heads lie end to end in `ys`, and tokens one distance apart: columns of one buffer will do.
+    `beside` is a source and a place of values, as many heads as the keys', copied in the same launch.
     """
     _check(xs, cos, sin)
-    for x, y in zip(xs, ys, strict=True):
+    if beside is not None and beside[0].shape != xs[1].shape:
+        raise ValueError(f"values are {tuple(beside[0].shape)}; beside keys {tuple(xs[1].shape)} they are as many")
+    copied = () if beside is None else (beside,)
+    for x, y in (*zip(xs, ys, strict=True), *copied):
         B, T, _, D = y.shape
         if y.shape != x.shape or y.stride()[2:] != (D, 1) or (B > 1 and y.stride(0) != T * y.stride(1)):
             raise ValueError(f"heads {tuple(x.shape)} cannot go into {tuple(y.shape)} with strides {y.stride()}")
-    if not use_triton(*xs, *ys, cos, sin):
+    if not use_triton(*xs, *ys, cos, sin, *(t for pair in copied for t in pair)):
         for x, y in zip(xs, ys, strict=True):
             y.copy_(turn_ref(x, cos, -sin if back else sin))
+        for x, y in copied:
+            y.copy_(x)
         return
     if cos.stride() != sin.stride() or cos.stride(-1) != 1:
         cos, sin = cos.contiguous(), sin.contiguous()
-    _turn_into_op([x if x.stride(-1) == 1 else x.contiguous() for x in xs], list(ys), cos, sin, back)
+    sources, places = [*xs, *(x for x, _ in copied)], [*ys, *(y for _, y in copied)]
+    _turn_into_op([x if x.stride(-1) == 1 else x.contiguous() for x in sources], places, cos, sin, back)
 
 
 # ---- autograd ----

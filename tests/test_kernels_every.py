@@ -145,13 +145,13 @@ def rms_norm(put: Put) -> Call:
 @case
 def rms_norm_add(put: Put) -> Call:
     x, residual, w = put(half(5, 33)), put(half(5, 33)), put(half(33))
-    dx, wide = put(half(5, 33)), put(half(5, 40))
+    dx, wide, twice = put(half(5, 33)), put(half(5, 40)), put(half(5, 33))
 
     def call() -> list[Tensor]:
         y, s, r = norm.rms_norm_forward(x, residual, w, 1e-5)
-        norm.rms_norm_forward(x, residual, w, 1e-5, wide[:, :33])
+        norm.rms_norm_forward(x, residual, w, 1e-5, wide[:, :33], twice)
         norm.rms_norm_backward_into(y, y, s, w, r, dx)
-        return [y, s, r, dx, wide]
+        return [y, s, r, dx, wide, twice]
 
     return call
 
@@ -160,11 +160,12 @@ def rms_norm_add(put: Put) -> Call:
 def rotary(put: Put) -> Call:
     angle = torch.randn(1, 3, 1, 6)
     q, k, cos, sin = put(half(2, 3, 5, 12)), put(half(2, 3, 2, 12)), put(angle.cos().half()), put(angle.sin().half())
+    v, copied = put(half(2, 3, 2, 12)), put(half(2, 3, 2, 12))
 
     def call() -> list[Tensor]:
         ys = rope.rope2(q, k, cos, sin)
-        rope.turn_into((q, k), (q, k), cos, sin, back=True)
-        return [*ys, q, k]
+        rope.turn_into((q, k), (q, k), cos, sin, back=True, beside=(v, copied))
+        return [*ys, q, k, copied]
 
     return call
 

@@ -164,15 +164,15 @@ def test_the_kernel_takes_rows_that_lie_apart_and_writes_nothing_between(triton_
 def test_the_kernel_writes_its_rows_and_no_further(triton_device: torch.device) -> None:
     M, d = 5, 19
     x, residual, w = (torch.randn(*s, device=triton_device) for s in ((M, d), (M, d), (d,)))
-    room = [torch.full((M * d + 64,), 7.0, device=triton_device) for _ in range(3)]
+    room = [torch.full((M * d + 64,), 7.0, device=triton_device) for _ in range(4)]
     norm._forward_kernel[(2,)](
-        x, residual, w, *room, M, d, d, d, 1e-5, D=d, ADD=True, ROWS=4, BLOCK_D=32, num_warps=1
+        x, residual, w, *room, M, d, d, d, 1e-5, D=d, ADD=True, TWICE=True, ROWS=4, BLOCK_D=32, num_warps=1
     )  # fmt: skip
-    assert all((r[M * d :] == 7.0).all() for r in room[:2]) and (room[2][M:] == 7.0).all()
+    assert all((r[M * d :] == 7.0).all() for r in room[:3]) and (room[3][M:] == 7.0).all()
     assert (room[0][: M * d] != 7.0).all()
     dx, dw = (torch.full((M * d + 64,), 7.0, device=triton_device) for _ in range(2))
     norm._backward_kernel[(2,)](
-        x, x, x, w, room[2], dx, dw, M, 1, d, d, d, d,
+        x, x, x, w, room[3], dx, dw, M, 1, d, d, d, d,
         D=d, ADD=True, DW=True, ROWS=4, BLOCK_D=32, STAGES=3, num_warps=1,
     )  # fmt: skip
     assert (dx[M * d :] == 7.0).all() and (dw[2 * d :] == 7.0).all() and (dw[: 2 * d] != 7.0).all()
@@ -186,6 +186,28 @@ def test_the_results_may_be_changed_in_place(triton_device: torch.device) -> Non
     y += 1
     (rms_norm(x, w, 1e-5).mul_(2) + y).sum().backward()
     assert x.grad is not None and torch.isfinite(x.grad).all()
+
+
+@pytest.mark.parametrize("wish", ["torch", "triton"])
+def test_the_sum_is_given_twice(wish: str, triton_device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORA_KERNELS", wish)
+    x, residual, w = (torch.randn(*s, device=triton_device) for s in ((37, 65), (37, 65), (65,)))
+    out, twice = (torch.full((37, 65), torch.nan, device=triton_device) for _ in range(2))
+    _, s, _ = rms_norm_forward(x, residual, w, 1e-5, out, twice)
+    y = rms_norm_forward(x, residual, w, 1e-5)[0]
+    assert torch.equal(twice, x + residual) and torch.equal(twice, s) and s.data_ptr() != twice.data_ptr()
+    assert torch.equal(out, y)
+    apart = torch.empty(65, 37, device=triton_device).T
+    for args in (
+        (x, None, w, 1e-5, out, twice),
+        (x, residual, w, 1e-5, None, twice),
+        (x, residual, w, 1e-5, out, apart),
+    ):
+        with pytest.raises(ValueError, match="a second sum"):
+            rms_norm_forward(*args)
+    out.fill_(torch.nan)
+    rms_norm_forward(x, residual, w, 1e-5, out, residual)  # over what was added
+    assert torch.equal(residual, s) and torch.equal(out, y)
 
 
 def test_two_runs_of_the_kernel_give_the_same_bits(triton_device: torch.device) -> None:

@@ -140,10 +140,30 @@ def test_the_kernel_writes_its_heads_and_no_further(triton_device: torch.device)
     cos, sin = (t.to(triton_device) for t in angles(1, T, D, torch.float32))
     room = torch.full((x.numel() + 64,), 7.0, device=triton_device)
     rope_file._turn_kernel[(T,)](
-        x, x, room, room, cos, sin, T, H, H, *x.stride()[:3], *x.stride()[:3], H * D, H * D, 0, cos.stride(1), 1, 1,
+        *[x] * 3, *[room] * 3, cos, sin, T, H, H, *x.stride()[:3] * 3, *[H * D] * 3, 0, cos.stride(1), 1, 1, 1,
         D=D, BACK=False, HEADS=4, BLOCK_D=8, num_warps=1,
     )  # fmt: skip
     assert torch.equal(room[: x.numel()].view_as(x), rope(x, cos, sin)) and (room[x.numel() :] == 7.0).all()
+
+
+@pytest.mark.parametrize("wish", ["torch", "triton"])
+@pytest.mark.parametrize("D", [6, 16])
+def test_values_are_copied_beside_them(
+    wish: str, D: int, triton_device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LORA_KERNELS", wish)
+    B, T, H, K = 2, 5, 7, 3
+    q, k, v = (torch.randn(B, n, T, D, device=triton_device).transpose(1, 2) for n in (H, K, K))
+    cos, sin = (t.to(triton_device) for t in angles(B, T, D, torch.float32))
+    room = torch.full((B, T, (H + 2 * K) * D + 3), torch.nan, device=triton_device)
+    heads = room[:, :, : (H + 2 * K) * D].unflatten(2, (-1, D)).split((H, K, K), dim=2)
+    rope_file.turn_into((q, k), (heads[0], heads[1]), cos, sin, back=True, beside=(v, heads[2]))
+    want = (torch.empty(q.shape, device=triton_device), torch.empty(k.shape, device=triton_device))
+    rope_file.turn_into((q, k), want, cos, sin, back=True)
+    assert torch.equal(heads[0], want[0]) and torch.equal(heads[1], want[1]) and torch.equal(heads[2], v)
+    assert room[:, :, (H + 2 * K) * D :].isnan().all()
+    with pytest.raises(ValueError, match="as many"):
+        rope_file.turn_into((q, k), want, cos, sin, beside=(v[:, :, :2], heads[2]))
 
 
 def test_the_op_is_declared_as_it_behaves(triton_device: torch.device) -> None:

@@ -43,10 +43,14 @@ def factors(groups: Sequence[Group]) -> list[Tensor]:
 
 
 # ---- the products, in 16 or in 8 bits ----
-def _normed(spec: Spec, which: int, x: Tensor, residual: Tensor | None) -> tuple[Any, Tensor, Tensor]:
-    """The input of a group behind a norm; what was normalised; and r."""
+def _normed(
+    spec: Spec, which: int, x: Tensor, residual: Tensor | None, twice: Tensor | None = None
+) -> tuple[Any, Tensor, Tensor]:
+    """The input of a group behind a norm; what was normalised, in `twice` too where given; and r."""
     group, w, eps = spec.groups[which], spec.norms.before[which == GATE], spec.norms.eps
-    return (fold8 if spec.eights else fold).normed(group, x, residual, w, eps)
+    if spec.eights:
+        return fold8.normed(group, x, residual, w, eps)
+    return fold.normed(group, x, residual, w, eps, twice)
 
 
 def _taken(spec: Spec, which: int, x: Tensor) -> Any:
@@ -160,29 +164,33 @@ def _behind(spec: Spec, which: int, y: Tensor) -> tuple[Tensor, Tensor | None, T
     return made, y, r
 
 
-def _until_gate(spec: Spec, x: Tensor, cos: Tensor, sin: Tensor, B: int, T: int, ts: Sequence[Tensor | None]):
-    """All but W_d's part, and T of the first three groups; `ts` are they where known."""
+def _until_gate(
+    spec: Spec, x: Tensor, cos: Tensor, sin: Tensor, B: int, T: int, ts: Sequence[Tensor | None], twice: bool = False
+):
+    """All but W_d's part, T of the first three groups, `ts` where known; and, if `twice`, s in memory of its own."""
     st, t1 = _attention(spec, x, cos, sin, B, T, ts[QKV])
     o, t2 = _product(spec, O, _taken(spec, O, _flat(st.att)), ts[O], x)
     joins, st.o, st.r_o = _behind(spec, O, o)
-    st.gu, st.s, st.r2, t3 = _gate(spec, x, ts[GATE], joins)
-    return st, (t1, t2, t3)
+    again = joins if twice else None
+    st.gu, st.s, st.r2, t3 = _gate(spec, x, ts[GATE], joins, again)
+    return st, (t1, t2, t3), again
 
 
-def _gate(spec: Spec, s: Tensor, t: Tensor | None, residual: Tensor | None = None):
-    """g and u (M, 2F + room) of s, or of s + residual, which is returned too, with r and T."""
-    given, s, r2 = _normed(spec, GATE, s, residual)
+def _gate(spec: Spec, s: Tensor, t: Tensor | None, residual: Tensor | None = None, twice: Tensor | None = None):
+    """g and u (M, 2F + room) of s, or of s + residual, which is returned too, and in `twice`; with r and T."""
+    given, s, r2 = _normed(spec, GATE, s, residual, twice)
     gu, t = _product(spec, GATE, given, t, s)
     return gu, s, r2, t
 
 
 def _forward(spec: Spec, x: Tensor, cos: Tensor, sin: Tensor, B: int, T: int):
     """y (M, D), the state, and T of the four groups."""
-    st, ts = _until_gate(spec, x, cos, sin, B, T, (None,) * 4)
+    adds = spec.norms.behind[1] is None
+    st, ts, s = _until_gate(spec, x, cos, sin, B, T, (None,) * 4, twice=adds and not spec.eights)
     assert st.gu is not None
     given = _gated(spec, st.gu)
-    if spec.norms.behind[1] is None:
-        y, t4 = _product(spec, DOWN, given, None, x, add=st.s)
+    if adds:
+        y, t4 = _product(spec, DOWN, given, None, x, add=st.s if s is None else s)
     else:
         y, t4 = _product(spec, DOWN, given, None, x)
         y, st.d, st.r_d = _behind(spec, DOWN, y)
@@ -193,7 +201,7 @@ def _forward(spec: Spec, x: Tensor, cos: Tensor, sin: Tensor, B: int, T: int):
 def _again(spec: Spec, st: _State | None, x: Tensor, cos: Tensor, sin: Tensor, B: int, T: int, ts: Any) -> _State:
     """What `_forward` made and was not kept, without W_d's product where no norm asks for it."""
     if st is None:
-        st, _ = _until_gate(spec, x, cos, sin, B, T, ts)
+        st, *_ = _until_gate(spec, x, cos, sin, B, T, ts)
     elif st.gu is None:
         st.gu, *_ = _gate(spec, st.s, ts[GATE])
     if spec.norms.behind[1] is not None and st.d is None:
@@ -264,13 +272,12 @@ def _heads_back(spec: Spec, grads: Sequence[Tensor], st: _State, cos: Tensor, si
     dq, dk, dv = (g.transpose(1, 2) for g in grads)
     B, T = dq.shape[:2]
     q, k, v = _heads(out, spec, B, T)
-    v.copy_(dv)
     if spec.norms.heads is None:
-        turn_into((dq, dk), (q, k), cos, sin, back=True)
+        turn_into((dq, dk), (q, k), cos, sin, back=True, beside=(dv, v))
         return
     assert st.r_heads is not None
     back = tuple(torch.empty(g.shape, dtype=g.dtype, device=g.device) for g in (dq, dk))
-    turn_into((dq, dk), (back[0], back[1]), cos, sin, back=True)
+    turn_into((dq, dk), (back[0], back[1]), cos, sin, back=True, beside=(dv, v))
     for g, x, w, r, place in zip(back, _heads(st.qkv, spec, B, T), spec.norms.heads, st.r_heads, (q, k), strict=False):
         dx, _ = rms_norm_backward(g, None, x.contiguous(), w, r)
         assert dx is not None
