@@ -121,6 +121,14 @@ def test_texts_of_packed_rows_take_room_for_a_block_of_queries_each(large: Path)
     assert some.recorded
 
 
+@pytest.mark.parametrize("path", [".", "..", "small"])
+def test_a_folder_is_named_from_wherever_it_is_seen(small: Path, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    inside = small / "inside"
+    inside.mkdir()
+    monkeypatch.chdir({".": small, "..": inside, "small": small.parent}[path])
+    assert lora.plan(path, 2, 50, device="cuda", card="h100").name == "small"
+
+
 def test_on_a_cpu_it_is_the_dry_run(small: Path) -> None:
     plan = lora.plan(small, 2, 50, r=5, device="cpu")
     model = outline(small).config.build().requires_grad_(False)
