@@ -3,8 +3,8 @@
 One adapter, the same batches in the same order, 200 steps, three times: in float32 by the plain path (the truth), in
 bfloat16 by the plain path (whose distance from the truth is bfloat16's noise) and in bfloat16 by the fused blocks.
 Before the first step and after the last, gradients of both bfloat16 paths against the same model in float64.
-Bars: the fused curve's distance is that of the plain one, and the gradients' error, all of them together, is at most 1.1
-times the plain one's.
+Bars: the fused curve's distance is that of the plain one, and the gradients' error, all of them together, is at most
+1.1 times the plain one's.
 
 usage: python benchmarks/bench_parity.py TEXT [--model PATH] [--steps 200] [--out FOLDER]
        TEXT to train on; PATH a model, e.g. SmolLM2's GGUF; without one, a model of SmolLM2's shape is made: from random

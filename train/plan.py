@@ -181,8 +181,9 @@ def plan(
         name, most = type(path_or_model).__name__, path_or_model.config.max_length
     else:
         source = outline(path_or_model)
-        # "." and ".." have no name of their own
-        name, most = Path(path_or_model).name.strip(".") or Path(path_or_model).resolve().name, source.config.max_length
+        path = Path(path_or_model)
+        name = path.name if path.name.strip(".") else path.resolve().name  # "." and ".." say no name
+        most = source.config.max_length
     if length > most:
         raise ValueError(f"length={length}: {name} was built for {most} tokens a row")
     named = card_of(card) if isinstance(card, str) else card
