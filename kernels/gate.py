@@ -125,10 +125,21 @@ def _forward_kernel(
 
 
 @triton.jit
-def _factor(ptr, row, end, stride_m, r, R: tl.constexpr):
-    """Rows of a (M, r) matrix as (ROWS, R), zeros from row `end` on."""
+def _grads(dh_at, g_at, u_at, mask, GELU: tl.constexpr, INTERPRETED: tl.constexpr):
+    """h, dg and du of a tile, float32."""
+    dh = tl.load(dh_at, mask=mask, other=0.0).to(tl.float32)
+    g = tl.load(g_at, mask=mask, other=0.0).to(tl.float32)
+    u = tl.load(u_at, mask=mask, other=0.0).to(tl.float32)
+    act, slope = _unit(g, GELU, INTERPRETED)
+    return act * u, dh * u * slope, dh * act
+
+
+@triton.jit
+def _sum(total, x, ptr, row, end, stride_m, r, R: tl.constexpr, PRECISION: tl.constexpr):
+    """total (COLS, R) + xᵀ times these rows of a factor (M, r), zeros from row `end` on; x (ROWS, COLS)."""
     rank = tl.arange(0, R)[None, :]
-    return tl.load(ptr + row * stride_m + rank, mask=(row < end) & (rank < r), other=0.0)
+    factor = tl.load(ptr + row * stride_m + rank, mask=(row < end) & (rank < r), other=0.0)
+    return tl.dot(tl.trans(x), factor.to(x.dtype), total, input_precision=PRECISION)
 
 
 @triton.jit
@@ -206,26 +217,18 @@ def _backward_kernel(
         g_at = g_ptr + row * g_stride_m + col[None, :]
         u_at = u_ptr + row * u_stride_m + col[None, :]
         dh_at = dh_ptr + row * dh_stride_m + col[None, :]
-        dh = tl.load(dh_at, mask=mask, other=0.0).to(tl.float32)
-        g = tl.load(g_at, mask=mask, other=0.0).to(tl.float32)
-        u = tl.load(u_at, mask=mask, other=0.0).to(tl.float32)
-        act, slope = _unit(g, GELU, INTERPRETED)
-        dg = (dh * u * slope).to(dtype)
-        du = (dh * act).to(dtype)
+        h, dg, du = _grads(dh_at, g_at, u_at, mask, GELU, INTERPRETED)
+        h, dg, du = h.to(dtype), dg.to(dtype), du.to(dtype)
         tl.store(g_at, dg, mask=mask)
         tl.store(u_at, du, mask=mask)
-        h = (act * u).to(dtype)
         if H:
             tl.store(dh_at, h, mask=mask)
         if V:
-            v = _factor(v_ptr, row, end, v_stride_m, r_v, R).to(dtype)
-            da = tl.dot(tl.trans(h), v, da, input_precision=PRECISION)
+            da = _sum(da, h, v_ptr, row, end, v_stride_m, r_v, R, PRECISION)
         if TG:
-            t = _factor(tg_ptr, row, end, tg_stride_m, r_g, R).to(dtype)
-            dbg = tl.dot(tl.trans(dg), t, dbg, input_precision=PRECISION)
+            dbg = _sum(dbg, dg, tg_ptr, row, end, tg_stride_m, r_g, R, PRECISION)
         if TU:
-            t = _factor(tu_ptr, row, end, tu_stride_m, r_u, R).to(dtype)
-            dbu = tl.dot(tl.trans(du), t, dbu, input_precision=PRECISION)
+            dbu = _sum(dbu, du, tu_ptr, row, end, tu_stride_m, r_u, R, PRECISION)
     _store_sums(sums_ptr + part * F * (r_v + r_g + r_u), F, col, da, dbg, dbu, r_v, r_g, r_u, V, TG, TU, R)
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from lora.kernels._triton import tl, triton
 from lora.kernels.dispatch import INTERPRETED, use_triton
 from lora.kernels.fp8 import TINY, TOP, to_f8
-from lora.kernels.gate import _backward_ref, _factor, _store_sums, _unit
+from lora.kernels.gate import _backward_ref, _grads, _store_sums, _sum
 from lora.kernels.op import op
 
 BY_ROWS, BY_COLS = (64, 64, 4, 3), (32, 64, 2, 3)  # rows, columns, warps and stages of the passes
@@ -59,16 +59,6 @@ def _round_ref(
 
 
 # ---- kernel ----
-@triton.jit
-def _grads(dh_at, g_at, u_at, mask, GELU: tl.constexpr, INTERPRETED: tl.constexpr):
-    """h, dg and du of a tile, float32."""
-    dh = tl.load(dh_at, mask=mask, other=0.0).to(tl.float32)
-    g = tl.load(g_at, mask=mask, other=0.0).to(tl.float32)
-    u = tl.load(u_at, mask=mask, other=0.0).to(tl.float32)
-    act, slope = _unit(g, GELU, INTERPRETED)
-    return act * u, dh * u * slope, dh * act
-
-
 @triton.jit
 def _rows_kernel(
     dh_ptr,  # (M, F), as g and u
@@ -192,14 +182,11 @@ def _cols_kernel(
         tl.store(out_at, (dg * inverse).to(tl.float8e4nv), mask=mask)  # the scale is such that all fit
         tl.store(out_at + F, (du * inverse).to(tl.float8e4nv), mask=mask)
         if V:
-            v = _factor(v_ptr, row, M, v_stride_m, r_v, R).to(dtype)
-            da = tl.dot(tl.trans(h.to(dtype)), v, da, input_precision=PRECISION)
+            da = _sum(da, h.to(dtype), v_ptr, row, M, v_stride_m, r_v, R, PRECISION)
         if TG:
-            t = _factor(tg_ptr, row, M, tg_stride_m, r_g, R).to(dtype)
-            dbg = tl.dot(tl.trans(dg.to(dtype)), t, dbg, input_precision=PRECISION)
+            dbg = _sum(dbg, dg.to(dtype), tg_ptr, row, M, tg_stride_m, r_g, R, PRECISION)
         if TU:
-            t = _factor(tu_ptr, row, M, tu_stride_m, r_u, R).to(dtype)
-            dbu = tl.dot(tl.trans(du.to(dtype)), t, dbu, input_precision=PRECISION)
+            dbu = _sum(dbu, du.to(dtype), tu_ptr, row, M, tu_stride_m, r_u, R, PRECISION)
     _store_sums(sums_ptr + part * size, F, col, da, dbg, dbu, r_v, r_g, r_u, V, TG, TU, R)
 
 
