@@ -31,6 +31,11 @@ class Ragged(NamedTuple):
     ends: Tensor
     longest: int
 
+    @property
+    def documents(self) -> int:
+        """How many, those without tokens too."""
+        return self.ends.numel() - 1
+
 
 def takes_ragged(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether attention of such states goes by a `Ragged` alone."""
@@ -86,8 +91,8 @@ def ragged_of(lengths: Sequence[Sequence[int]], device: torch.device) -> Ragged:
     ends = [0, *itertools.accumulate(n for row in lengths for n in row)]
     ends += ends[-1:] * (room(len(ends) - 1) + 1 - len(ends))
     longest = max(BLOCK, 1 << (max(max(row) for row in lengths) - 1).bit_length())
-    host = torch.tensor(ends, dtype=torch.int32)
-    return Ragged(host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host, longest)
+    host = torch.tensor(ends, dtype=torch.int32, pin_memory=device.type == "cuda")
+    return Ragged(host.to(device, non_blocking=True), longest)
 
 
 def _ragged(q: Tensor, k: Tensor, v: Tensor, documents: Ragged, window: int | None, scale: float | None) -> Tensor:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lora.kernels.documents import Ragged
 from lora.models.documents import Documents
 
 
@@ -64,6 +65,11 @@ class Batch:
     @property
     def n_tokens(self) -> int:
         return int(self.real.sum())
+
+    @property
+    def ragged(self) -> Ragged | None:
+        """What a GPU is told of the documents, where rows are packed and lie on one."""
+        return None if self.documents is None else self.documents.ragged
 
     def to(self, device: torch.device) -> "Batch":
         """The batch on a device. To a GPU it goes by pinned memory, and nobody waits for it."""

@@ -61,8 +61,7 @@ class _Recorded:
         grads: list[int | None],
     ) -> None:
         self.grads, self.epoch = grads, model.keeping.decoded.epoch
-        self.inputs = [t.clone() for t in _inputs(batch)]
-        self.batch = _with(batch, self.inputs)
+        self.batch = _own(batch)
         self.learned = Learned(*(t.clone() for t in learned))
         self.graph = torch.cuda.CUDAGraph()
         model.keeping.host.settle()
@@ -71,7 +70,7 @@ class _Recorded:
         self.away = list(model.keeping.host.room.values())
 
     def run(self, batch: Batch, learned: Learned) -> tuple[Tensor, Tensor]:
-        for mine, theirs in zip((*self.inputs, *self.learned), (*_inputs(batch), *learned), strict=True):
+        for mine, theirs in zip((*_inputs(self.batch), *self.learned), (*_inputs(batch), *learned), strict=True):
             mine.copy_(theirs)
         self.graph.replay()
         return self.losses, self.hits
@@ -116,14 +115,15 @@ class Graphs:
         # unused room counts 0; a batch that is not recorded has it too, so that it gives the same bits as one that is
         n = room(batch.target.numel())
         learned = Learned(*(nn.functional.pad(t, (0, n - t.numel())) for t in learned))
-        key = (*batch.ids.shape, n, members, *_packed(batch))
+        packed = (batch.ragged.documents, batch.ragged.longest) if batch.ragged else ()
+        key = (*batch.ids.shape, n, members, *packed)
         if RECORD and key in self.seen and _recordable(self.model, batch):
             recorded = self.graphs.get(key)
             # it would add to memory, or read weights from some, that is others' now
             if recorded and (recorded.grads, recorded.epoch) != (self._places(), self.model.keeping.decoded.epoch):
                 del self.graphs[key]
                 recorded = None
-            recorded = recorded or self._record(key, batch, learned)
+            recorded = recorded or self._record(key, batch, learned, members)
             if recorded:
                 self.graphs.move_to_end(key)
                 self.model.keeping.decoded.refresh()
@@ -139,7 +139,7 @@ class Graphs:
         ours = isinstance(self.model, CausalLM)  # whose attention never looks at padding on the right
         return ours and batch.ids.is_cuda and batch.ids.numel() <= TOKENS
 
-    def _record(self, key: tuple[int, ...], batch: Batch, learned: Learned) -> _Recorded | None:
+    def _record(self, key: tuple[int, ...], batch: Batch, learned: Learned, members: int) -> _Recorded | None:
         """The graph of a new shape; None where its memory does not fit beside what is there."""
         if None in self._places():  # a gradient born in a graph would be lost with the next step
             return None
@@ -156,7 +156,7 @@ class Graphs:
         if not self.graphs:  # a pool whose graphs are all gone takes no other
             self.pool = torch.cuda.graph_pool_handle()
         self.stream = self.stream or torch.cuda.Stream(device)
-        self.graphs[key] = _Recorded(self.model, batch, learned, key[3], self.pool, self.stream, self._places())
+        self.graphs[key] = _Recorded(self.model, batch, learned, members, self.pool, self.stream, self._places())
         self.held += max(0, driver - torch.cuda.mem_get_info(device)[0])
         return self.graphs[key]
 
@@ -172,27 +172,19 @@ def _recordable(model: Any, batch: Batch) -> bool:
     return batch.positions is not None and takes_ragged(*model.place())
 
 
-def _packed(batch: Batch) -> tuple[int, ...]:
-    """The shapes of a batch's documents, where rows are packed."""
-    ragged = batch.documents.ragged if batch.documents else None
-    return (ragged.ends.numel(), ragged.longest) if ragged else ()
-
-
 def _inputs(batch: Batch) -> list[Tensor]:
     """What a recorded batch reads of one, besides what is learned of it."""
-    ragged = batch.documents.ragged if batch.documents else None
-    return [t for t in (batch.ids, batch.positions, ragged.ends if ragged else None) if t is not None]
+    ends = batch.ragged.ends if batch.ragged else None
+    return [t for t in (batch.ids, batch.positions, ends) if t is not None]
 
 
-def _with(batch: Batch, inputs: list[Tensor]) -> Batch:
-    """The batch with these in place of its `_inputs`."""
-    ids, *packed = inputs
-    documents = batch.documents
-    if documents is None or documents.ragged is None:
-        return replace(batch, ids=ids)
-    positions, ends = packed
-    ragged = documents.ragged._replace(ends=ends)
-    return replace(batch, ids=ids, positions=positions, documents=replace(documents, ragged=ragged))
+def _own(batch: Batch) -> Batch:
+    """The batch with `_inputs` of its own."""
+    documents, ragged = batch.documents, batch.ragged
+    if documents is not None and ragged is not None:
+        documents = replace(documents, ragged=ragged._replace(ends=ragged.ends.clone()))
+    positions = None if batch.positions is None else batch.positions.clone()
+    return replace(batch, ids=batch.ids.clone(), positions=positions, documents=documents)
 
 
 def _widened(batch: Batch, limit: int) -> Batch:

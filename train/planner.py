@@ -174,7 +174,8 @@ class Planner:
         free, on_card = (limit - base - CUBLAS for limit in (s.limit, s.room or s.limit))
         decoded = blocks_decoded(w, keep, M, i, free, on_card) if s.keep is None else 0
         small = graph.RECORD and M <= graph.TOKENS
-        there = base + a.reused + decoded * decoded_bytes(w, i)
+        stay = decoded * decoded_bytes(w, i)
+        there = base + a.reused + stay
         recorded = small and graph_fits(w, keep, M, i, s.limit - there, (s.room or s.limit) - there)
         chunk = a.chunk if a.moment == "head" else 0
         parts = {
@@ -183,7 +184,7 @@ class Planner:
             "trained weights, float32": 4 * n,
             "gradients": 4 * n,
             "optimizer states": states,
-            "weights that stay decoded": decoded * decoded_bytes(w, i),
+            "weights that stay decoded": stay,
             "kept by blocks": a.kept,
             "reused buffers": a.reused,
             "working set": a.working - chunk,

@@ -162,7 +162,7 @@ def read(
     found = parts_of(model, x, Seed(x.device) if keeping.compute == "bf16" else None)
     eights = _eights([groups for _, groups in found], x, keeping)
     ragged = [mask.ragged for mask in masks.values() if isinstance(mask, Documents) and mask.ragged]
-    keep = keeping.choose(x, max((r.ends.numel() - 1 for r in ragged), default=0))
+    keep = keeping.choose(x, max((r.documents for r in ragged), default=0))
     heads = (c.num_heads, c.num_kv_heads, c.head_dim)
     gelu = hasattr(layers[0], "pre_feedforward_layernorm")
     specs = []
